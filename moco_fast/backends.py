@@ -1,0 +1,70 @@
+"""Which backend serves which op.
+
+Backends in order of preference: ``native`` (C++ on the CPU) and ``reference``
+(PyTorch, anywhere). Left alone, an op takes the first backend that serves its
+tensors. ``MOCO_FAST_BACKEND=name`` or :func:`use_backend` forces one, and then
+an op it cannot serve raises instead of falling back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+from torch import Tensor
+
+from moco_fast import checks, native, reference
+
+BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
+
+_forced: ContextVar[str | None] = ContextVar("moco_fast_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op called in the block.
+
+    Args:
+        name: "native" or "reference".
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> with moco_fast.use_backend("reference"):
+        ...     loss = moco_fast.info_nce(q, k, queue)
+    """
+    checks.one_of("backend", name, tuple(BACKENDS))
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The backend forced by :func:`use_backend` or MOCO_FAST_BACKEND, if any."""
+    name = _forced.get() or os.environ.get("MOCO_FAST_BACKEND")
+    if name:
+        checks.one_of("MOCO_FAST_BACKEND", name, tuple(BACKENDS))
+    return name or None
+
+
+def choose(op: str, tensors: Sequence[Tensor]) -> ModuleType:
+    """Return the backend module that serves ``op`` on ``tensors``.
+
+    Raises:
+        RuntimeError: the forced backend cannot serve them; says why.
+    """
+    name = forced()
+    if name == "reference":
+        return reference
+    reason = native.cannot_serve(op, tensors)
+    if reason is None:
+        return native
+    if name == "native":
+        raise RuntimeError(f"backend 'native' was asked for, but cannot serve {op}: {reason}")
+    return reference

@@ -1,0 +1,171 @@
+"""Checks of the arguments of the public ops.
+
+A bad argument raises ValueError or TypeError that names it, shows its value
+and says what was expected, before anything is changed. No check reads device
+data, so none synchronises; :func:`finite` does, and is called on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("highest", "high", "medium")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def tensor(name: str, value: object, *, ndim: int) -> Tensor:
+    """Return ``value`` as a floating-point tensor with ``ndim`` dimensions, or raise."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+    return value
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def number(name: str, value: object) -> float:
+    """Return ``value`` as a float, or raise TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    return float(value)
+
+
+def count(name: str, value: object) -> int:
+    """Return ``value`` if it is an integer of at least 1, or raise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def temperature(value: object, name: str = "temperature") -> float:
+    """Return a temperature as a float: finite and above zero."""
+    result = number(name, value)
+    if not (math.isfinite(result) and result > 0):
+        raise ValueError(f"{name} must be finite and above 0, got {value!r}")
+    return result
+
+
+def momentum(value: object, name: str = "m") -> float:
+    """Return a momentum as a float in [0, 1]."""
+    result = number(name, value)
+    if not 0 <= result <= 1:  # NaN fails too
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    return result
+
+
+def same_device(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
+    """Raise unless both tensors are on one device."""
+    if first.device != value.device:
+        raise ValueError(f"{name} is on {value.device}, but {first_name} is on {first.device}: move one of them")
+
+
+def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the tensors of :func:`moco_fast.info_nce`."""
+    q = tensor("q", q, ndim=2)
+    k = tensor("k", k, ndim=2)
+    queue = tensor("queue", queue, ndim=2)
+    if q.shape[0] == 0 or q.shape[1] == 0:
+        raise ValueError(f"q must hold at least one row and one feature, got shape {tuple(q.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    if k.dtype != q.dtype:
+        raise TypeError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
+    _queue_of_width(queue, "q", q)
+    same_device("q", q, "k", k)
+    same_device("q", q, "queue", queue)
+    if k.requires_grad:
+        raise ValueError("k requires grad, but InfoNCE treats keys as constants: pass k.detach()")
+    if queue.requires_grad:
+        raise ValueError(
+            "queue requires grad, but its rows are keys of past batches, to which no gradient flows: "
+            "pass queue.detach()"
+        )
+    return q, k, queue
+
+
+def enqueue(queue: object, ptr: object, keys: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the tensors of :func:`moco_fast.enqueue_`."""
+    queue = tensor("queue", queue, ndim=2)
+    keys = tensor("keys", keys, ndim=2)
+    if not isinstance(ptr, Tensor) or ptr.dtype != torch.int64 or ptr.shape != (1,):
+        shown = f"{ptr.dtype} {tuple(ptr.shape)}" if isinstance(ptr, Tensor) else type(ptr).__name__
+        raise TypeError(f"ptr must be an int64 tensor of shape (1,), got {shown}")
+    if keys.shape[0] == 0:
+        raise ValueError(f"keys must hold at least one row, got shape {tuple(keys.shape)}")
+    _queue_of_width(queue, "keys", keys)
+    if keys.shape[0] > queue.shape[0]:
+        raise ValueError(
+            f"keys holds {keys.shape[0]} rows, more than the queue's {queue.shape[0]} slots: "
+            "use a larger queue or a smaller batch"
+        )
+    same_device("queue", queue, "ptr", ptr)
+    same_device("queue", queue, "keys", keys)
+    if queue.requires_grad:
+        raise ValueError("queue requires grad, but enqueue_ overwrites it in place: pass queue.detach()")
+    return queue, ptr, keys
+
+
+def ema_update(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Check the tensors of :func:`moco_fast.ema_update_`."""
+    if len(targets) != len(sources):
+        raise ValueError(f"sources must pair up with targets: got {len(sources)} sources, {len(targets)} targets")
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        for name, value in ((f"targets[{i}]", target), (f"sources[{i}]", source)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            if not value.dtype.is_floating_point:
+                raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+        if target.shape != source.shape:
+            raise ValueError(
+                f"sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, "
+                f"got {tuple(source.shape)}"
+            )
+        same_device("targets[0]", targets[0], f"targets[{i}]", target)
+        same_device(f"targets[{i}]", target, f"sources[{i}]", source)
+        if target.requires_grad:
+            raise ValueError(
+                f"targets[{i}] requires grad, but the EMA overwrites it in place: "
+                "call requires_grad_(False) on the key encoder's parameters"
+            )
+
+
+def finite(**tensors: Tensor) -> None:
+    """Raise ValueError if a tensor holds NaN or infinity, naming it and its first bad row.
+
+    Reads the data, so it waits for the device. No op calls it.
+
+    Example:
+        >>> moco_fast.checks.finite(q=q, queue=queue)
+    """
+    for name, value in tensors.items():
+        bad = ~torch.isfinite(value)
+        if bad.any():
+            first = tuple(int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"{name} must be finite, got {int(bad.sum())} non-finite of {value.numel()} values, "
+                f"the first at {first}: {value[first].item()}"
+            )
+
+
+def _queue_of_width(queue: Tensor, name: str, rows: Tensor) -> None:
+    if queue.shape[0] == 0:
+        raise ValueError(f"queue must hold at least one row, got shape {tuple(queue.shape)}")
+    if queue.shape[1] != rows.shape[1]:
+        raise ValueError(
+            f"queue must have shape (K, {rows.shape[1]}) to match {name} {tuple(rows.shape)}, "
+            f"got {tuple(queue.shape)}"
+            + (": pass queue.t(), the rows" if queue.shape[0] == rows.shape[1] else "")
+        )

@@ -1,0 +1,1 @@
+"""Datasets, two-crop augmentation and loaders."""

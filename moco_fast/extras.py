@@ -1,0 +1,21 @@
+"""Import of the packages that only the extra ``train`` brings."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def extra(module: str) -> Any:
+    """Return an optional module, or say how to get it.
+
+    Args:
+        module: dotted name, such as ``"PIL.Image"``.
+
+    Raises:
+        ImportError: the module is missing; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is needed here ({error}): pip install moco_fast[train]") from error

@@ -1,0 +1,1 @@
+"""Models: MoCo and the backbones made for it."""

@@ -1,0 +1,169 @@
+"""The native backend: from tensors to pointers. The only user of the compiled module ``_C``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from moco_fast import reference
+
+_C: ModuleType | None
+try:
+    # torch is imported above, so that both share one OpenMP runtime.
+    from moco_fast import _C  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    _C = None
+    _import_error = str(error)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+# Queue rows per tile of the bf16 path: 2 MB of similarities at N = 256, and products large enough for oneDNN.
+BF16_TILE = 2048
+
+
+def build_info() -> dict:
+    """What the installation built and why, as recorded by setup.py; empty if it recorded nothing."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def unavailable() -> str | None:
+    """Why the compiled module is missing, or None if it is there."""
+    if _C is not None:
+        return None
+    return build_info().get("why") or f"moco_fast._C cannot be imported ({_import_error})"
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than fp32 (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot run ``op`` on the tensors, or None if it can."""
+    if _C is None:
+        return unavailable()
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it runs on the CPU, the tensors are on {tensor.device}"
+        if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and op != "ema_update_"):
+            return f"it has no {tensor.dtype} kernel"
+    return None
+
+
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.info_nce`."""
+    q, k, queue = q.contiguous(), k.contiguous(), queue.contiguous()
+    if precision == "medium" and has_bf16_units():
+        return _info_nce_bf16(q, k, queue, temperature, need_dq)
+    n, features = q.shape
+    loss, pos, neg = (torch.empty(n) for _ in range(3))
+    rank = torch.empty(n, dtype=torch.int64)
+    dq = torch.empty(n if need_dq else 0, features)
+    _C.info_nce(
+        q.data_ptr(), k.data_ptr(), DTYPES[q.dtype], queue.data_ptr(), DTYPES[queue.dtype],
+        n, queue.shape[0], features, temperature,
+        loss.data_ptr(), dq.data_ptr() if need_dq else 0, rank.data_ptr(), pos.data_ptr(), neg.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, dq, rank, pos, neg
+
+
+def _info_nce_bf16(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, need_dq: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same tile by tile, with the products in torch's GEMM, whose bf16 kernels use the matrix units.
+
+    Operands are rounded to bf16 inside the GEMM; sums and everything else stay fp32.
+    """
+    q_hat, norm = reference.normalise(q.float())
+    k_hat, _ = reference.normalise(k.float())
+    n, features = q.shape
+    negatives, threads = queue.shape[0], torch.get_num_threads()
+    pos = (q_hat * k_hat).sum(dim=1)
+    top = pos.clone()
+    total, cosine_sum, loss, neg = torch.zeros(n), torch.zeros(n), torch.empty(n), torch.empty(n)
+    rank = torch.zeros(n, dtype=torch.int64)
+    weighted = torch.zeros(n if need_dq else 0, features)
+    dq = torch.empty_like(weighted)
+    weighted_ptr, dq_ptr = (weighted.data_ptr(), dq.data_ptr()) if need_dq else (0, 0)
+
+    with _gemm_in_bf16():
+        for rows in queue.split(BF16_TILE):
+            rows = rows.float()
+            tile = q_hat @ rows.t()
+            _C.info_nce_tile(
+                tile.data_ptr(), n, rows.shape[0], features, temperature, pos.data_ptr(), top.data_ptr(),
+                total.data_ptr(), cosine_sum.data_ptr(), rank.data_ptr(), weighted_ptr, threads,
+            )  # fmt: skip
+            if need_dq:
+                weighted.addmm_(tile, rows)
+    _C.info_nce_finish(
+        top.data_ptr(), total.data_ptr(), cosine_sum.data_ptr(), pos.data_ptr(), weighted_ptr, q_hat.data_ptr(),
+        k_hat.data_ptr(), norm.data_ptr(), n, negatives, features, temperature,
+        loss.data_ptr(), dq_ptr, neg.data_ptr(), threads,
+    )  # fmt: skip
+    return loss, dq, rank, pos, neg
+
+
+@contextmanager
+def _gemm_in_bf16() -> Iterator[None]:
+    """Let oneDNN round the operands of fp32 matrix products to bf16, where the CPU has units for it."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor) -> None:
+    """See :func:`moco_fast.reference.ema_update_`."""
+    pairs = list(zip(targets, sources, strict=True))
+    fused = [pair for pair in pairs if _one_stretch(*pair)]
+    if fused:
+        _C.ema_update(
+            [target.data_ptr() for target, _ in fused],
+            [source.data_ptr() for _, source in fused],
+            [target.numel() for target, _ in fused],
+            [DTYPES[target.dtype] for target, _ in fused],
+            [DTYPES[source.dtype] for _, source in fused],
+            float(m),
+            torch.get_num_threads(),
+        )
+    rest = [pair for pair in pairs if not _one_stretch(*pair)]
+    if rest:
+        reference.ema_update_(*zip(*rest, strict=True), m)
+
+
+def _one_stretch(target: Tensor, source: Tensor) -> bool:
+    """Whether both tensors fill one stretch of memory in the same order, in dtypes that have a kernel together."""
+    if (target.dtype == torch.float64) != (source.dtype == torch.float64):
+        return False
+    if target.is_contiguous() and source.is_contiguous():
+        return True
+    return (
+        target.ndim == 4
+        and target.is_contiguous(memory_format=torch.channels_last)
+        and source.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+    """See :func:`moco_fast.reference.enqueue_`."""
+    if not queue.is_contiguous():
+        return reference.enqueue_(queue, ptr, keys)
+    keys = keys.contiguous()
+    _C.enqueue(
+        queue.data_ptr(), DTYPES[queue.dtype], *queue.shape, ptr.data_ptr(),
+        keys.data_ptr(), DTYPES[keys.dtype], keys.shape[0], torch.get_num_threads(),
+    )  # fmt: skip

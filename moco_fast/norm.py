@@ -1,0 +1,86 @@
+"""Batch normalisation over parts of a batch: one device standing for several."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from moco_fast import checks
+
+
+class SplitBatchNorm(_BatchNorm):
+    """Batch normalisation with the statistics of ``splits`` devices, on one.
+
+    In training the batch is cut into ``splits`` consecutive parts, each
+    normalised with its own mean and variance, as each of ``splits`` devices
+    would do. The running statistics are the mean of the parts'. Evaluation is
+    plain batch normalisation. Parameters and buffers have BatchNorm's names.
+
+    Source: the statistics that shuffling BN relies on, He et al. 2020, section 3.3.
+
+    Raises:
+        ValueError: in training, a batch that ``splits`` does not divide.
+    """
+
+    def __init__(self, num_features: int, splits: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.splits = checks.count("bn_splits", splits)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, ...)
+        """Normalise each part of the batch by itself."""
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        self._check_input_dim(x)
+        if x.shape[0] % self.splits:
+            raise ValueError(f"bn_splits={self.splits} must divide the batch, got {x.shape[0]} samples")
+        parts = []
+        means, variances = [], []
+        for part in x.chunk(self.splits):
+            mean, var = self._running_copies()
+            parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, True, self._factor(), self.eps))
+            means.append(mean)
+            variances.append(var)
+        self._store(means, variances)
+        return torch.cat(parts)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, splits={self.splits}"
+
+    def _factor(self) -> float:
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / float(self.num_batches_tracked + 1)  # momentum=None: cumulative average
+
+    def _running_copies(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.running_mean is None or self.running_var is None:
+            return None, None
+        return self.running_mean.clone(), self.running_var.clone()
+
+    def _store(self, means: list, variances: list) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        with torch.no_grad():
+            self.running_mean.copy_(torch.stack(means).mean(0))
+            self.running_var.copy_(torch.stack(variances).mean(0))
+            self.num_batches_tracked += 1
+
+
+def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
+    """Replace every batch norm in ``module`` by a :class:`SplitBatchNorm`, keeping names, weights and buffers."""
+    if isinstance(module, _BatchNorm):
+        new = SplitBatchNorm(module.num_features, splits, module.eps, module.momentum)
+        # The same tensors, not copies: an optimizer or a tie made earlier stays valid.
+        new._parameters = module._parameters
+        new._buffers = module._buffers
+        new.affine, new.track_running_stats = module.affine, module.track_running_stats
+        new.training = module.training
+        return new
+    for name, child in module.named_children():
+        setattr(module, name, split_batchnorm(child, splits))
+    return module

@@ -1,0 +1,171 @@
+"""Public ops: check the arguments, then call the torch.library op, which picks a backend at run time.
+
+Each op is opaque to torch.compile (fullgraph works), has a fake kernel and
+declares what it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moco_fast import backends, checks, reference
+
+
+class InfoNCEStats(NamedTuple):
+    """What a training loop wants to know about the logits, without the logits."""
+
+    rank: Tensor  # (N,) int64: negatives more similar than the positive; accuracy@k = (rank < k).mean()
+    pos: Tensor  # (N,) cosine of query and key
+    neg: Tensor  # (N,) mean cosine of query and queue
+
+
+def info_nce(
+    q: Tensor,  # (N, C)
+    k: Tensor,  # (N, C)
+    queue: Tensor,  # (K, C)
+    temperature: float = 0.07,
+    *,
+    precision: str = "high",
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, InfoNCEStats]:
+    """InfoNCE of queries against their keys and a queue of negatives, fused.
+
+    ``loss_i = -log( exp(q^_i.k^_i/T) / (exp(q^_i.k^_i/T) + sum_j exp(q^_i.n_j/T)) )``
+    with ``x^ = x / max(|x|, 1e-12)``. Neither the N x K logits nor their
+    gradient exist in memory. The gradient, to ``q`` only, is computed in the
+    forward pass, so the queue may be overwritten before ``backward()``.
+    Source: He et al. 2020, "Momentum Contrast", equation 1.
+
+    Args:
+        q: queries, not normalised; fp32, bf16, fp16 or float64.
+        k: keys of the same shape and dtype, not normalised, without grad.
+        queue: negatives with rows of unit norm, any floating dtype; ``model.queue.t()`` for MoCo's buffer.
+        temperature: T > 0.
+        precision: what the matrix products may round their operands to at most:
+            "highest" fp32, "high" fp16 (on a CPU fp32), "medium" bf16. Sums are always fp32.
+        reduction: "mean", "sum" or "none" over the queries.
+        return_stats: also return :class:`InfoNCEStats`.
+
+    Returns:
+        The loss in fp32 (float64 for float64 inputs), a scalar, or (N,) for "none".
+        A non-finite row gives a non-finite loss.
+
+    Raises:
+        TypeError: not a floating-point tensor, or dtypes of q and k differ.
+        ValueError: shapes or devices do not match, an empty batch or queue,
+            a temperature that is not finite and positive, k or queue requires grad.
+
+    Example:
+        >>> loss = moco_fast.info_nce(q, k, queue, temperature=0.2)
+    """
+    q, k, queue = checks.info_nce(q, k, queue)
+    temperature = checks.temperature(temperature)
+    checks.one_of("precision", precision, checks.PRECISIONS)
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+
+    need_dq = q.requires_grad and torch.is_grad_enabled()
+    rows, _, rank, pos, neg = _info_nce(q, k, queue, temperature, precision, need_dq)
+    loss = rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    return (loss, InfoNCEStats(rank, pos, neg)) if return_stats else loss
+
+
+@torch.no_grad()
+def ema_update_(
+    targets: Sequence[Tensor],  # any shapes, one device
+    sources: Sequence[Tensor],  # same shapes and order
+    m: float | Tensor,
+) -> None:
+    """Move every target towards its source, in place: ``target <- m * target + (1 - m) * source``.
+
+    Source: He et al. 2020, "Momentum Contrast", equation 2.
+
+    Args:
+        targets: tensors to write, floating-point, without grad.
+        sources: tensors to read.
+        m: momentum in [0, 1]; a 0-d tensor stays on its device and is not read back.
+
+    Raises:
+        TypeError: not a floating-point tensor, or m is not a number.
+        ValueError: lengths, shapes or devices do not match, m outside [0, 1], a target requires grad.
+
+    Example:
+        >>> moco_fast.ema_update_(list(encoder_k.parameters()), list(encoder_q.parameters()), 0.999)
+    """
+    targets, sources = list(targets), list(sources)
+    checks.ema_update(targets, sources)
+    if isinstance(m, Tensor):
+        if m.ndim != 0 or not m.dtype.is_floating_point:
+            raise TypeError(f"m must be a number or a 0-d floating-point tensor, got {m.dtype} {tuple(m.shape)}")
+    else:
+        m = torch.tensor(checks.momentum(m), dtype=torch.float64)
+    if targets:
+        _ema_update_(targets, sources, m)
+
+
+@torch.no_grad()
+def enqueue_(
+    queue: Tensor,  # (K, C)
+    ptr: Tensor,  # (1,) int64
+    keys: Tensor,  # (N, C)
+) -> None:
+    """Overwrite the oldest rows of the queue with new keys: ``queue[(ptr + i) % K] <- keys[i] / |keys[i]|``.
+
+    Then ``ptr <- (ptr + N) % K``, on the device. Any N up to K; wraps round.
+    Source: He et al. 2020, "Momentum Contrast", section 3.2.
+
+    Args:
+        queue: ring buffer, written in place.
+        ptr: next slot to write, in [0, K).
+        keys: not normalised, any floating dtype.
+
+    Raises:
+        TypeError: not floating-point tensors, or ptr is not int64 of shape (1,).
+        ValueError: widths or devices do not match, no keys, more keys than slots, queue requires grad.
+    """
+    _enqueue_(*checks.enqueue(queue, ptr, keys))
+
+
+@torch.library.custom_op("moco_fast::info_nce", mutates_args=())
+def _info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend = backends.choose("info_nce", (q, k, queue))
+    return backend.info_nce(q, k, queue, temperature, precision, need_dq)
+
+
+@_info_nce.register_fake
+def _(q, k, queue, temperature, precision, need_dq):
+    n, c = q.shape
+    like = q.new_empty((n,), dtype=reference.compute_dtype(q, k, queue))
+    dq = like.new_empty((n if need_dq else 0, c))
+    return like, dq, q.new_empty((n,), dtype=torch.int64), torch.empty_like(like), torch.empty_like(like)
+
+
+def _save_dq(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1])
+
+
+def _scale_dq(ctx, grad_loss, *_):
+    (dq,) = ctx.saved_tensors
+    return (grad_loss[:, None] * dq).to(ctx.dtype), None, None, None, None, None
+
+
+_info_nce.register_autograd(_scale_dq, setup_context=_save_dq)
+
+
+@torch.library.custom_op("moco_fast::ema_update_", mutates_args=("targets",))
+def _ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor) -> None:
+    if m.device.type == "cpu":
+        checks.momentum(m.item())
+    backends.choose("ema_update_", targets).ema_update_(targets, sources, m)
+
+
+@torch.library.custom_op("moco_fast::enqueue_", mutates_args=("queue", "ptr"))
+def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+    backends.choose("enqueue_", (queue, keys)).enqueue_(queue, ptr, keys)

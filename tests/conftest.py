@@ -1,0 +1,40 @@
+"""Shared by all tests: the backends of this machine, and a last line that says what could not be tested."""
+
+import pytest
+import torch
+
+from moco_fast import native
+
+BACKENDS = ("reference", "native")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Force one backend; a machine without the compiled module skips the native one, by name."""
+    import moco_fast
+
+    if request.param == "native" and (reason := native.unavailable()):
+        pytest.skip(f"native backend: {reason}")
+    with moco_fast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which parts of the library this machine could not test, so that green is not read as complete."""
+    missing = []
+    if reason := native.unavailable():
+        missing.append(f"native CPU kernels ({reason})")
+    else:
+        compiled = native.build_info().get("isas", [])
+        if unsupported := [isa for isa in compiled if isa not in native._C.isas()]:
+            missing.append(f"CPU kernels for {', '.join(unsupported)} (compiled, but this CPU lacks them)")
+        if not native.has_bf16_units():
+            missing.append("bf16 matrix units (this CPU has none; the bf16 path ran in fp32)")
+    if not torch.cuda.is_available():
+        missing.append("everything on a GPU (none here)")
+    terminalreporter.write_line(f"NOT TESTED on this machine: {'; '.join(missing) or 'nothing'}")

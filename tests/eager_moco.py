@@ -1,0 +1,40 @@
+"""A MoCo v1/v2 with the official semantics, written out in plain PyTorch: what moco_fast.MoCo has to equal.
+
+Formulas and order of He et al. 2020, algorithm 1, on one device.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class EagerMoCo(nn.Module):
+    def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False):
+        super().__init__()
+        self.K, self.m, self.T = K, m, T
+        self.encoder_q = base_encoder(num_classes=dim)
+        self.encoder_k = base_encoder(num_classes=dim)
+        if mlp:
+            width = self.encoder_q.fc.in_features
+            for encoder in (self.encoder_q, self.encoder_k):
+                encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
+        for q, k in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
+            k.data.copy_(q.data)
+            k.requires_grad = False
+        self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, im_q, im_k):
+        q = F.normalize(self.encoder_q(im_q), dim=1)
+        with torch.no_grad():
+            for p, k in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
+                k.data = k.data * self.m + p.data * (1.0 - self.m)
+            k = F.normalize(self.encoder_k(im_k), dim=1)
+        positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
+        negative = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
+        logits = torch.cat([positive, negative], dim=1) / self.T
+        labels = torch.zeros(logits.shape[0], dtype=torch.long)
+        slots = (int(self.queue_ptr) + torch.arange(k.shape[0])) % self.K
+        self.queue[:, slots] = k.t()
+        self.queue_ptr[0] = (int(self.queue_ptr) + k.shape[0]) % self.K
+        return logits, labels

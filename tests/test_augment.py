@@ -1,0 +1,288 @@
+"""Two-crop augmentation: every operation against torchvision's, the crop's distribution, determinism."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from moco_fast.data import transforms
+from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view
+
+tv = pytest.importorskip("torchvision.transforms.v2.functional")
+
+IDENTITY = AugmentConfig(
+    image_size=28,
+    crop_scale=(1.0, 1.0),
+    crop_ratio=(1.0, 1.0),
+    flip_p=0.0,
+    jitter=(0.0, 0.0, 0.0, 0.0),
+    jitter_p=0.0,
+    gray_p=0.0,
+    blur_p=0.0,
+)
+MEAN = {1: (0.3,), 3: (0.5, 0.4, 0.3)}
+STD = {1: (0.2,), 3: (0.2, 0.3, 0.25)}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(n: int, channels: int, height: int, width: int | None = None) -> torch.Tensor:
+    shape = (n, channels, height, width or height)
+    return torch.randint(0, 256, shape, generator=seeded(), dtype=torch.uint8)
+
+
+def unit(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 255
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    return tv.normalize(unit(images), MEAN[images.shape[1]], STD[images.shape[1]])
+
+
+def views(
+    config: AugmentConfig, images: torch.Tensor, seed: int = 0, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views on the scale [0, 1]: the normalisation is switched off."""
+    channels = images.shape[1]
+    return TwoCrops(config, (0.0,) * channels, (1.0,) * channels)(images, seeded(seed), **kwargs)
+
+
+def blend(x: torch.Tensor, factor: float, op: int) -> torch.Tensor:
+    n = len(x)
+    return transforms.blend_(x.clone(), torch.full((n, 1), factor), torch.full((n, 1), op))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_identity_returns_the_normalised_image(channels):
+    images = random_images(5, channels, 28)
+    for view in TwoCrops(IDENTITY, MEAN[channels], STD[channels])(images, seeded()):
+        torch.testing.assert_close(view, normalised(images), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.7])
+@pytest.mark.parametrize("op, channels", [(0, 1), (0, 3), (1, 1), (1, 3), (2, 3)])
+def test_blends_match_torchvision(op, channels, factor):
+    name = ("adjust_brightness", "adjust_contrast", "adjust_saturation")[op]
+    x = unit(random_images(4, channels, 9, 12))
+    torch.testing.assert_close(blend(x, factor, op), getattr(tv, name)(x, factor), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.03, 0.5])
+def test_hue_matches_torchvision(shift):
+    x = unit(random_images(4, 3, 16))
+    x[0] = x[0, :1]  # grey: no hue to turn
+    x[1, 1] = x[1, 0]  # ties between channels
+    ours = transforms.shift_hue(x, torch.full((4,), shift))
+    torch.testing.assert_close(ours, tv.adjust_hue(x, shift), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, taps", [(8, 3), (28, 3), (96, 11), (224, 23)])
+def test_blur_matches_torchvision(size, taps):
+    x = unit(random_images(3, 3, size))
+    sigma = torch.tensor([0.1, 0.7, 2.0])
+    ours = transforms.blur(x, sigma, torch.tensor([True, True, True]))
+    theirs = torch.stack([tv.gaussian_blur(image, taps, float(s)) for image, s in zip(x, sigma, strict=True)])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    torch.testing.assert_close(transforms.blur(x, sigma, torch.zeros(3, dtype=torch.bool)), x, rtol=0, atol=0)
+
+
+def test_grayscale_and_solarise_match_torchvision():
+    images = random_images(6, 3, 28)
+    view, _ = views(dataclasses.replace(IDENTITY, gray_p=1.0), images)
+    torch.testing.assert_close(view, tv.rgb_to_grayscale(unit(images), 3), rtol=0, atol=1e-6)
+    view, _ = views(dataclasses.replace(IDENTITY, solarize_p=1.0), images)
+    torch.testing.assert_close(view, tv.solarize(unit(images), 0.5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "height, width, size", [(28, 28, 28), (40, 30, 17), (100, 64, 24), (7, 5, 12), (1, 1, 4)]
+)
+def test_resize_matches_torchvision_with_antialiasing(height, width, size):
+    x = unit(random_images(2, 3, height, width))
+    full, keep = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2), torch.tensor([False, True])
+    ours = transforms.resample(x, full, keep, size)
+    theirs = tv.resize(x, [size, size], antialias=True)
+    theirs[1] = theirs[1].flip(-1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_whole_pixel_crop_is_the_slice():
+    x = unit(random_images(1, 1, 32))
+    box = torch.tensor([[4 / 32, 10 / 32, 16 / 32, 16 / 32]])
+    cut = transforms.resample(x, box, torch.tensor([False]), 16)
+    torch.testing.assert_close(cut, x[:, :, 10:26, 4:20], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("aspect", [0.5, 1.0, 1.5])
+def test_crops_have_the_requested_area_and_ratio_in_the_original_geometry(aspect):
+    n = 20000
+    u = torch.rand(n, transforms.CROP_DRAWS, generator=seeded())
+    box = transforms.draw_boxes(u, torch.full((n,), aspect), (0.2, 0.6), (3 / 4, 4 / 3))
+    left, top, width, height = box.unbind(1)
+    area, ratio = width * height, aspect * width / height
+    assert area.min() >= 0.2 - 1e-4 and area.max() <= 0.6 + 1e-4
+    assert ratio.min() >= 3 / 4 - 1e-4 and ratio.max() <= 4 / 3 + 1e-4
+    assert min(left.min(), top.min()) >= 0
+    assert max((left + width).max(), (top + height).max()) <= 1 + 1e-6
+    if aspect == 1.0:  # every try fits: the distributions are the drawn ones
+        assert abs(area.mean() - 0.4) < 0.005
+        assert abs(ratio.log().mean()) < 0.005
+        assert abs((left / (1 - width)).mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("aspect, expected", [(4.0, (1 / 3, 1.0)), (0.25, (1.0, 1 / 3)), (1.2, (1.0, 1.0))])
+def test_a_crop_that_never_fits_is_the_central_one(aspect, expected):
+    u = torch.rand(50, transforms.CROP_DRAWS, generator=seeded())
+    u[:, transforms.CROP_TRIES : 2 * transforms.CROP_TRIES] *= 0.01  # only narrow tries, which never fit
+    boxes = transforms.draw_boxes(u, torch.full((50,), aspect), (1.0, 1.0), (3 / 4, 4 / 3))
+    left, top, width, height = boxes.unbind(1)
+    torch.testing.assert_close(width, torch.full((50,), expected[0]))
+    torch.testing.assert_close(height, torch.full((50,), expected[1]))
+    torch.testing.assert_close(left, (1 - width) / 2)
+    torch.testing.assert_close(top, (1 - height) / 2)
+
+
+def test_center_view_is_the_central_square_of_the_original():
+    images = random_images(2, 3, 20, 40)
+    ours = center_view(images, 20, MEAN[3], STD[3])
+    torch.testing.assert_close(ours, normalised(images[..., 10:30]), rtol=0, atol=1e-5)
+    squashed = center_view(images[..., :20], 20, MEAN[3], STD[3], aspect=torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(squashed[0], normalised(images[..., :20])[0], rtol=0, atol=1e-5)
+    wide = tv.resize(unit(images[1:, :, :, 5:15]), [20, 20], antialias=True)[..., 1:-1]
+    wide = tv.normalize(wide, MEAN[3], STD[3])  # but for the border, which sees beyond the crop
+    torch.testing.assert_close(squashed[1:, ..., 1:-1], wide, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_generator_state_determines_the_views(channels):
+    config = AugmentConfig(image_size=28, solarize_p=0.2)
+    images = random_images(16, channels, 28)
+    crops, generator = TwoCrops(config, MEAN[channels], STD[channels]), seeded(3)
+    state = generator.get_state()
+    first = crops(images, generator)
+    after = generator.get_state()
+    second = crops(images, generator)
+    generator.set_state(state)
+    again = crops(images, generator)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[0], first[1])
+    # The same number of draws whatever the configuration.
+    generator.set_state(state)
+    TwoCrops(IDENTITY, MEAN[channels], STD[channels])(images, generator)
+    assert torch.equal(generator.get_state(), after)
+
+
+@pytest.mark.parametrize(
+    "active",
+    [
+        {"crop_scale": (0.2, 1.0)},
+        {"jitter": (0.4, 0.0, 0.0, 0.0), "jitter_p": 1.0},
+        {"jitter": (0.0, 0.4, 0.0, 0.0), "jitter_p": 1.0},
+        {"jitter": (0.0, 0.0, 0.4, 0.0), "jitter_p": 1.0},
+        {"jitter": (0.0, 0.0, 0.0, 0.4), "jitter_p": 1.0},
+        {"blur_p": 1.0},
+    ],
+)
+def test_every_sample_has_its_own_parameters(active):
+    images = random_images(1, 3, 28).expand(6, -1, -1, -1)
+    for view in views(dataclasses.replace(IDENTITY, **active), images):
+        distances = torch.cdist(view.flatten(1), view.flatten(1))
+        assert (distances + torch.eye(6) > 1e-3).all()
+
+
+@pytest.mark.parametrize("field", ["flip_p", "gray_p", "blur_p", "solarize_p", "jitter_p"])
+def test_probabilities_are_frequencies(field):
+    active = {field: 0.3, "jitter": (0.4, 0.4, 0.4, 0.1)}
+    n = 4000
+    images = random_images(1, 3, 28).expand(n, -1, -1, -1)
+    view, _ = views(dataclasses.replace(IDENTITY, **active, blur_sigma=(1.0, 2.0)), images)
+    changed = ((view - unit(images)).abs().amax((1, 2, 3)) > 1e-4).float().mean()
+    assert abs(changed - 0.3) < 4 * math.sqrt(0.3 * 0.7 / n)
+
+
+def test_jitter_takes_every_order_and_stays_in_range():
+    image, n = random_images(1, 3, 8), 192
+    u = torch.rand(n, transforms.JITTER_DRAWS, generator=seeded())
+    u[:, 1:5] = torch.tensor([0.9, 0.2, 0.8, 0.7])  # the same factors: only the order differs
+    view = transforms.jitter(unit(image).repeat(n, 1, 1, 1), u, (0.4, 0.4, 0.4, 0.1), 1.0)
+    assert view.min() >= 0 and view.max() <= 1
+    factors = (1.32, 0.76, 1.24, 0.04)
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    order = u[:, 5:8].argsort(1)
+    places = torch.empty(n, dtype=torch.long)
+    places[u[:, 8].argsort()] = torch.arange(n) * 4 // n
+    seen = set()
+    for row, (blends, place) in enumerate(zip(order.tolist(), places.tolist(), strict=True)):
+        ops = [*blends[:place], 3, *blends[place:]]
+        seen.add(tuple(ops))
+        expected = unit(image)[0]
+        for op in ops:
+            expected = getattr(tv, names[op])(expected, factors[op])
+        torch.testing.assert_close(view[row], expected, rtol=0, atol=1e-5)
+    assert len(seen) == 24
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "n, height, width, size", [(1, 1, 1, 1), (2, 2, 3, 5), (5, 37, 23, 13), (3, 64, 64, 2)]
+)
+def test_any_size_gives_finite_views(n, height, width, size, channels):
+    images = random_images(n, channels, height, width)
+    config = AugmentConfig(image_size=size, blur_p=1.0, jitter_p=1.0, solarize_p=0.5)
+    aspect = torch.linspace(0.3, 3.0, n)
+    for view in views(config, images, aspect=aspect):
+        assert view.shape == (n, channels, size, size) and view.dtype == torch.float32
+        assert torch.isfinite(view).all()
+        assert view.min() >= -1e-6 and view.max() <= 1 + 1e-6
+
+
+def test_the_two_views_may_have_distributions_of_their_own():
+    images = random_images(4, 3, 28)
+    crops = TwoCrops(IDENTITY, MEAN[3], STD[3], key_config=dataclasses.replace(IDENTITY, flip_p=1.0))
+    query, key = crops(images, seeded())
+    torch.testing.assert_close(query.flip(-1), key, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "field, value, error",
+    [
+        ("image_size", 0, ValueError),
+        ("image_size", 28.0, TypeError),
+        ("crop_scale", (0.0, 1.0), ValueError),
+        ("crop_scale", (0.5, 1.5), ValueError),
+        ("crop_scale", (0.5, 0.2), ValueError),
+        ("crop_scale", (0.5,), ValueError),
+        ("crop_scale", 0.5, TypeError),
+        ("crop_ratio", (-1.0, 1.0), ValueError),
+        ("crop_ratio", (4 / 3, 3 / 4), ValueError),
+        ("flip_p", 1.1, ValueError),
+        ("jitter", (0.4, 0.4, 0.4, 0.6), ValueError),
+        ("jitter", (-0.1, 0.4, 0.4, 0.1), ValueError),
+        ("jitter", (0.4, 0.4, 0.4), ValueError),
+        ("jitter_p", -0.1, ValueError),
+        ("gray_p", float("nan"), ValueError),
+        ("blur_p", "0.5", TypeError),
+        ("blur_sigma", (0.0, 1.0), ValueError),
+        ("solarize_p", 2.0, ValueError),
+    ],
+)
+def test_config_names_the_offending_field(field, value, error):
+    with pytest.raises(error, match=field):
+        AugmentConfig(**{field: value})
+
+
+def test_call_errors():
+    crops = TwoCrops(IDENTITY, MEAN[3], STD[3])
+    with pytest.raises(TypeError, match="images"):
+        crops(torch.rand(2, 3, 8, 8), seeded())
+    with pytest.raises(ValueError, match="images"):
+        crops(random_images(2, 1, 8), seeded())
+    with pytest.raises(ValueError, match="aspect"):
+        crops(random_images(2, 3, 8), seeded(), aspect=torch.ones(3))
+    with pytest.raises(ValueError, match="std"):
+        TwoCrops(IDENTITY, MEAN[3], (0.2, 0.0, 0.2))
+    with pytest.raises(ValueError, match="size"):
+        center_view(random_images(2, 3, 8), 0, MEAN[3], STD[3])

@@ -1,0 +1,86 @@
+"""enqueue_: every backend against indexing, with wrap-around at any batch size."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import moco_fast
+from moco_fast import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("keys_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queue_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("slots", "batch", "width"), [(1, 1, 1), (7, 3, 5), (10, 10, 32), (1000, 257, 128)])
+def test_rows_and_pointer(backend, slots, batch, width, queue_dtype, keys_dtype):
+    queue = F.normalize(torch.randn(slots, width), dim=1).to(queue_dtype)
+    ptr = torch.tensor([slots - 1])  # wraps at once unless the batch is 1
+    want, position = queue.clone(), slots - 1
+    for _ in range(4):
+        keys = (torch.randn(batch, width) * 5).to(keys_dtype)
+        for key in F.normalize(keys.float(), dim=1).to(queue_dtype):
+            want[position] = key
+            position = (position + 1) % slots
+        moco_fast.enqueue_(queue, ptr, keys)
+        assert ptr.item() == position
+        torch.testing.assert_close(queue, want, rtol=torch.finfo(queue_dtype).eps, atol=1e-7)
+
+
+def test_a_full_round_replaces_every_row(backend):
+    """NaN-poisoned queue: no slot is left out, none is written twice."""
+    queue, ptr = torch.full((100, 16), float("nan")), torch.tensor([40])
+    for _ in range(5):
+        moco_fast.enqueue_(queue, ptr, torch.randn(20, 16))
+    assert ptr.item() == 40
+    torch.testing.assert_close(queue.norm(dim=1), torch.ones(100))
+
+
+def test_column_storage_and_gaps(backend):
+    """A queue that is a view with gaps is written through, and the gaps stay."""
+    base = torch.zeros(10, 8)
+    ptr = torch.zeros(1, dtype=torch.long)
+    moco_fast.enqueue_(base[:, ::2], ptr, torch.ones(3, 4))
+    assert base[:3, ::2].eq(0.5).all() and base[:, 1::2].eq(0).all() and base[3:].eq(0).all()
+
+
+def test_key_queue_module(backend):
+    queue = moco_fast.KeyQueue(8, 20)
+    assert [(n, tuple(b.shape)) for n, b in queue.state_dict().items()] == [("queue", (8, 20)), ("queue_ptr", (1,))]
+    assert queue.rows.is_contiguous() and queue.rows.data_ptr() == queue.queue.data_ptr()
+    queue.enqueue_(torch.randn(15, 8))
+    queue.enqueue_(torch.randn(15, 8))
+    assert queue.queue_ptr.item() == 10
+    torch.testing.assert_close(queue.queue.norm(dim=0), torch.ones(20))
+
+
+def test_opcheck_and_compile(backend):
+    queue, ptr, keys = torch.zeros(10, 4), torch.tensor([8]), torch.randn(5, 4)
+    torch.library.opcheck(ops._enqueue_, (queue, ptr, keys))
+    want, want_ptr = queue.clone(), ptr.clone()
+    moco_fast.enqueue_(want, want_ptr, keys)
+    torch.compile(moco_fast.enqueue_, fullgraph=True)(queue, ptr, keys)
+    assert torch.equal(queue, want) and torch.equal(ptr, want_ptr)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"keys": torch.zeros(2, 5)}, ValueError, r"queue must have shape \(K, 5\).*got \(10, 4\)"),
+        ({"keys": torch.zeros(11, 4)}, ValueError, "keys holds 11 rows, more than the queue's 10 slots"),
+        ({"keys": torch.zeros(0, 4)}, ValueError, "keys must hold at least one row"),
+        ({"keys": torch.zeros(2, 4, dtype=torch.int8)}, TypeError, "keys must have a floating-point dtype"),
+        ({"ptr": torch.zeros(1)}, TypeError, "ptr must be an int64 tensor"),
+        ({"ptr": 3}, TypeError, "ptr must be an int64 tensor.*got int"),
+        ({"queue": torch.zeros(10, 4, requires_grad=True)}, ValueError, "queue requires grad"),
+        ({"keys": torch.zeros(2, 4, device="meta")}, ValueError, "keys is on meta, but queue is on cpu"),
+    ],
+)
+def test_bad_arguments(changes, error, message):
+    arguments = {"queue": torch.ones(10, 4), "ptr": torch.tensor([3]), "keys": torch.ones(2, 4)} | changes
+    before = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    with pytest.raises(error, match=message):
+        moco_fast.enqueue_(**arguments)
+    for name in ("queue", "ptr"):
+        same = before[name] == arguments[name]
+        assert same.all() if isinstance(same, torch.Tensor) else same

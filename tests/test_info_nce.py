@@ -1,0 +1,245 @@
+"""info_nce: every backend x dtype x odd shape against autograd of the official formula in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import moco_fast
+from moco_fast import checks, ops
+
+SHAPES = [(1, 1, 1), (1, 7, 5), (5, 63, 32), (37, 1000, 128), (64, 64, 64), (257, 515, 100), (32, 4099, 256)]
+SCALE = 4096.0  # of the loss, as GradScaler does: fp16 gradients would be subnormal without it
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(n, k, c, dtype=torch.float32, clustered=False, queue_dtype=torch.float32):
+    """Raw q and k of norms far from 1, unit queue rows; clustered features have a few directions only."""
+    if clustered:
+        centres = F.normalize(torch.randn(4, c, dtype=torch.float64), dim=1)
+
+        def draw(rows):
+            return centres[torch.randint(4, (rows,))] + 0.05 * torch.randn(rows, c, dtype=torch.float64)
+    else:
+
+        def draw(rows):
+            return torch.randn(rows, c, dtype=torch.float64)
+
+    q = draw(n) * 3
+    keys = (q + 0.5 * draw(n)) * 0.1
+    queue = F.normalize(draw(k), dim=1)
+    return q.to(dtype), keys.to(dtype), queue.to(queue_dtype)
+
+
+def official(q, k, queue, temperature, dtype=torch.float64):
+    """Loss rows and dq of SCALE times the mean loss, from the logits, by autograd."""
+    q = q.detach().to(dtype).requires_grad_()
+    q_hat, k_hat = F.normalize(q, dim=1), F.normalize(k.to(dtype), dim=1)
+    logits = torch.cat([(q_hat * k_hat).sum(1, keepdim=True), q_hat @ queue.to(dtype).t()], dim=1)
+    rows = F.cross_entropy(logits / temperature, torch.zeros(len(q), dtype=torch.long), reduction="none")
+    (dq,) = torch.autograd.grad(rows.mean() * SCALE, q)
+    return rows.detach(), dq, logits.detach()
+
+
+def fused(q, k, queue, temperature, **options):
+    q = q.clone().requires_grad_()
+    rows, stats = moco_fast.info_nce(q, k, queue, temperature, reduction="none", return_stats=True, **options)
+    (dq,) = torch.autograd.grad(rows.mean() * SCALE, q)
+    assert rows.dtype == torch.float32 and dq.dtype == q.dtype
+    return rows.detach(), dq, stats
+
+
+def relative(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300))
+
+
+@pytest.mark.parametrize("clustered", [False, True], ids=["random", "clustered"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_at_most_twice_eager(backend, shape, dtype, clustered):
+    q, k, queue = make(*shape, dtype, clustered)
+    want, want_dq, logits = official(q, k, queue, 0.07)
+    eager, eager_dq, _ = official(q, k, queue, 0.07, torch.float32)
+    rows, dq, stats = fused(q, k, queue, 0.07)
+
+    assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 2e-6
+    rounding = torch.finfo(dtype).eps / 2  # dq is handed out in the dtype of q
+    assert relative(dq, want_dq) <= 2 * relative(eager_dq, want_dq) + 2e-6 + rounding
+
+    # statistics: a rank may differ only by negatives that tie with the positive to rounding
+    pos, neg = logits[:, :1], logits[:, 1:]
+    assert torch.allclose(stats.pos.double(), pos[:, 0], atol=1e-6)
+    assert torch.allclose(stats.neg.double(), neg.mean(1), atol=1e-6)
+    lowest, highest = (neg > pos + 1e-5).sum(1), (neg > pos - 1e-5).sum(1)
+    assert ((stats.rank >= lowest) & (stats.rank <= highest)).all()
+
+
+@pytest.mark.parametrize("queue_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_queue(backend, queue_dtype):
+    q, k, queue = make(37, 1000, 128, queue_dtype=queue_dtype)
+    want, want_dq, _ = official(q, k, queue, 0.07)
+    rows, dq, _ = fused(q, k, queue, 0.07)
+    assert (rows - want).abs().max() < 5e-6
+    assert relative(dq, want_dq) < 5e-6
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.02, 0.07, 0.5, 1.0, 10.0])
+def test_temperatures(backend, temperature):
+    for clustered in (False, True):
+        q, k, queue = make(37, 1000, 64, clustered=clustered)
+        want, want_dq, _ = official(q, k, queue, temperature)
+        eager, eager_dq, _ = official(q, k, queue, temperature, torch.float32)
+        rows, dq, _ = fused(q, k, queue, temperature)
+        assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 2e-6 / temperature
+        # 1e-30: where the positive wins by e^-100, gradients are subnormal, for eager and fused alike
+        error, eager_error = (dq - want_dq).norm(), (eager_dq - want_dq).norm()
+        assert error <= 2 * eager_error + 1e-6 / temperature * want_dq.norm() + 1e-30
+
+
+def test_tiny_losses_keep_their_digits(backend):
+    """A positive at 1 and negatives at -1: the loss is log1p(K e^{-2/T}), far below fp32 epsilon times logits."""
+    q = F.normalize(torch.randn(3, 16), dim=1)
+    queue = -q[:1].expand(50, 16).contiguous()
+    rows, dq, _ = fused(q[:1], q[:1], queue, 0.1)
+    want = torch.log1p(50 * torch.exp(torch.tensor(-2 / 0.1, dtype=torch.float64)))
+    assert float(rows[0]) == pytest.approx(float(want), rel=2e-5)
+    assert torch.isfinite(dq).all()
+
+
+def test_rows_of_any_norm(backend):
+    q, k, _ = make(9, 1, 32)
+    queue = torch.randn(300, 32) * torch.logspace(-3, 2, 300)[:, None]
+    want, want_dq, _ = official(q, k, queue, 0.07)
+    rows, dq, _ = fused(q, k, queue, 0.07)
+    assert torch.allclose(rows.double(), want, rtol=1e-5)
+    assert relative(dq, want_dq) < 1e-5
+
+
+def test_zero_rows_follow_normalize(backend):
+    q, k, queue = make(4, 50, 8)
+    q[1] = 0
+    want, want_dq, _ = official(q, k, queue, 0.5)
+    rows, dq, _ = fused(q, k, queue, 0.5)
+    assert torch.allclose(rows.double(), want, rtol=1e-5)
+    assert relative(dq[1], want_dq[1]) < 1e-5  # 1e12 times a unit gradient, as F.normalize gives
+    assert relative(dq[[0, 2, 3]], want_dq[[0, 2, 3]]) < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["q", "k", "queue"])
+def test_non_finite_rows_give_a_non_finite_loss(backend, where, value):
+    q, k, queue = make(5, 200, 32)
+    {"q": q, "k": k, "queue": queue}[where][2, 3] = value
+    rows, _, _ = fused(q, k, queue, 0.07)
+    touched = ~torch.isfinite(rows)
+    assert touched.all() if where == "queue" else touched.tolist() == [False, False, True, False, False]
+    with pytest.raises(ValueError, match=rf"{where} must be finite.*\(2, 3\)"):
+        checks.finite(q=q, k=k, queue=queue)
+
+
+def test_non_contiguous_views(backend):
+    q, k, queue = make(6, 90, 33)
+    want = fused(q, k, queue, 0.07)
+    wide = torch.full((6, 66), float("nan"))
+    wide[:, ::2] = q
+    for views in [(wide[:, ::2], k, queue), (q, k.t().contiguous().t(), queue), (q, k, queue.t().contiguous().t())]:
+        got = fused(*views, 0.07)
+        assert torch.allclose(got[0], want[0], rtol=1e-6) and torch.allclose(got[1], want[1], atol=1e-7)
+
+
+def test_bitwise_repeatable(backend):
+    q, k, queue = make(70, 3001, 128)
+    first = fused(q, k, queue, 0.07)
+    for _ in range(3):
+        again = fused(q, k, queue, 0.07)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_reductions_and_gradient_scale(backend):
+    q, k, queue = make(6, 90, 32)
+    rows = moco_fast.info_nce(q, k, queue, reduction="none")
+    assert rows.shape == (6,) and rows.grad_fn is None
+    assert torch.allclose(moco_fast.info_nce(q, k, queue), rows.mean())
+    assert torch.allclose(moco_fast.info_nce(q, k, queue, reduction="sum"), rows.sum())
+    q.requires_grad_()
+    (mean,) = torch.autograd.grad(moco_fast.info_nce(q, k, queue), q)
+    (scaled,) = torch.autograd.grad(moco_fast.info_nce(q, k, queue, reduction="sum") * 5, q)
+    assert torch.allclose(scaled, mean * 30, rtol=1e-5)
+
+
+def test_queue_may_change_before_backward(backend):
+    q, k, queue = make(6, 90, 32)
+    _, want, _ = official(q, k, queue, 0.07)
+    q.requires_grad_()
+    loss = moco_fast.info_nce(q, k, queue, 0.07) * SCALE
+    queue.fill_(float("nan"))
+    loss.backward()
+    assert relative(q.grad, want) < 1e-5
+
+
+@pytest.mark.parametrize("precision", checks.PRECISIONS)
+def test_precisions(backend, precision):
+    """Operand rounding bounds the error: bf16 keeps 8 bits, and cosines are divided by T."""
+    for clustered in (False, True):
+        q, k, queue = make(64, 5000, 128, clustered=clustered)
+        want, want_dq, _ = official(q, k, queue, 0.2)
+        rows, dq, _ = fused(q, k, queue, 0.2, precision=precision)
+        bound = 2**-9 / 0.2 if precision == "medium" else 1e-5
+        assert (rows - want).abs().max() < bound
+        assert relative(dq, want_dq) < 3 * bound
+
+
+def test_gradcheck_in_float64():
+    q, k, queue = make(4, 30, 6, torch.float64, queue_dtype=torch.float64)
+    q.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: moco_fast.info_nce(q, k, queue, 0.3, reduction="none"), q)
+
+
+def test_opcheck(backend):
+    q, k, queue = make(5, 40, 8)
+    arguments = (q.requires_grad_(), k, queue, 0.07, "high", True)
+    torch.library.opcheck(ops._info_nce, arguments)
+    torch.library.opcheck(ops._info_nce, (q.detach(), *arguments[1:5], False))
+
+
+def test_compile_fullgraph(backend):
+    q, k, queue = make(5, 40, 8)
+
+    def step(q):
+        return moco_fast.info_nce(q * 2, k, queue, 0.1)
+
+    q.requires_grad_()
+    (want,) = torch.autograd.grad(step(q), q)
+    (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(q), q)
+    assert torch.allclose(got, want, rtol=1e-6)
+
+
+def bad(**changes):
+    q, k, queue = make(4, 10, 8)
+    return {"q": q, "k": k, "queue": queue, "temperature": 0.07} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.zeros(4, 8, dtype=torch.int64)}, TypeError, "q must have a floating-point dtype.*int64"),
+        ({"q": [[1.0]]}, TypeError, "q must be a torch.Tensor, got list"),
+        ({"q": torch.zeros(8)}, ValueError, r"q must have 2 dimensions.*\(8,\)"),
+        ({"q": torch.zeros(0, 8), "k": torch.zeros(0, 8)}, ValueError, r"at least one row.*\(0, 8\)"),
+        ({"k": torch.zeros(3, 8)}, ValueError, r"k must have the shape of q, \(4, 8\), got \(3, 8\)"),
+        ({"k": torch.zeros(4, 8).half()}, TypeError, "k must have the dtype of q.*float16"),
+        ({"k": torch.zeros(4, 8, device="meta")}, ValueError, "k is on meta, but q is on cpu"),
+        ({"k": torch.zeros(4, 8, requires_grad=True)}, ValueError, "k requires grad.*detach"),
+        ({"queue": torch.zeros(8, 10)}, ValueError, r"queue must have shape \(K, 8\).*\(8, 10\): pass queue.t\(\)"),
+        ({"queue": torch.zeros(0, 8)}, ValueError, "queue must hold at least one row"),
+        ({"queue": torch.zeros(10, 8, requires_grad=True)}, ValueError, "queue requires grad"),
+        ({"temperature": 0}, ValueError, "temperature must be finite and above 0, got 0"),
+        ({"temperature": -1.0}, ValueError, "temperature.*-1.0"),
+        ({"temperature": float("nan")}, ValueError, "temperature.*nan"),
+        ({"temperature": "warm"}, TypeError, "temperature must be a number, got str 'warm'"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of 'highest'.*got 'fp8'"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of 'mean'.*got 'max'"),
+    ],
+)
+def test_bad_arguments(changes, error, message):
+    with pytest.raises(error, match=message):
+        moco_fast.info_nce(**bad(**changes))
