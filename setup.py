@@ -1,7 +1,8 @@
 """Build of moco_fast: Python packages plus one compiled module, ``moco_fast._C``.
 
-The module is optional. Without nvcc it is built for the CPU only, without a working C++ compiler the install is pure
-Python; either is said in one line and recorded in ``moco_fast/_build_info.json``, which ``moco-fast doctor`` shows.
+The module is optional. Without nvcc it is built for the CPU only, without a working C++ compiler the install
+is pure Python; either is said in one line and recorded in ``moco_fast/_build_info.json``, which
+``moco-fast doctor`` shows.
 
 Environment:
     MOCO_FAST_NO_NATIVE=1    do not build ``_C``
@@ -101,14 +102,14 @@ def find_nvcc() -> str:
 
 
 def nvcc_targets(nvcc: str) -> list[str]:
-    """Code for Ampere and Hopper data-centre GPUs, PTX of the newest architecture nvcc knows for later ones."""
+    """Code for Ampere and Hopper, and PTX of the newest architecture nvcc knows for what comes later."""
     newest = run([nvcc, "--list-gpu-arch"]).split()[-1]
     real = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in ("80", "90")]
     return [*real, f"-gencode=arch={newest},code={newest}"]
 
 
 def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) -> None:
-    """The build graph: every object depends on the headers its compiler reports, so builds are incremental."""
+    """The build graph. Objects depend on the headers their compiler reports: builds are incremental."""
     import pybind11
     from ninja.ninja_syntax import Writer
 
@@ -122,18 +123,24 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
         ninja = Writer(stream)
         ninja.variable("ninja_required_version", "1.3")
         ninja.rule(
-            "cxx", f"{shlex.join(tools.cxx)} -MMD -MF $out.d {common} $flags -c $in -o $out",
-            depfile="$out.d", deps="gcc",
+            "cxx",
+            f"{shlex.join(tools.cxx)} -MMD -MF $out.d {common} $flags -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
         )
         if nvcc:
             host = ["-ccbin", tools.cxx[0]]
             device = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *nvcc_targets(nvcc)]
             ninja.rule(
-                "nvcc", f"{shlex.join([nvcc, *host, *device])} -MD -MF $out.d -c $in -o $out",
-                depfile="$out.d", deps="gcc",
+                "nvcc",
+                f"{shlex.join([nvcc, *host, *device])} -MD -MF $out.d -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
             )
             host_flags = [f"-Xcompiler={flag}" for flag in link_flags]
-            ninja.rule("link", f"{shlex.join([nvcc, *host, '-shared', '-cudart=static', *host_flags])} $in -o $out")
+            ninja.rule(
+                "link", f"{shlex.join([nvcc, *host, '-shared', '-cudart=static', *host_flags])} $in -o $out"
+            )
         else:
             ninja.rule("link", f"{shlex.join([*tools.cxx, *shared])} $in {shlex.join(link_flags)} -o $out")
 
@@ -146,8 +153,9 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
             for isa, isa_flags in variants.items():
                 chosen = [f"-DMOCO_FAST_ISA={isa}", *isa_flags] if isa else []
                 target = f"{source.stem}{'.' + isa if isa else ''}.o"
-                objects += ninja.build(target, "cxx", str(source.resolve()),
-                                       variables={"flags": shlex.join([*flags, *chosen])})
+                objects += ninja.build(
+                    target, "cxx", str(source.resolve()), variables={"flags": shlex.join([*flags, *chosen])}
+                )
         if nvcc:
             for source in sorted(CSRC.glob("*.cu")):
                 objects += ninja.build(f"{source.stem}.o", "nvcc", str(source.resolve()))
@@ -192,13 +200,19 @@ class NinjaBuildExt(build_ext):
             info = build_module(output, Path(self.build_temp))
         except BuildError as reason:
             output.unlink(missing_ok=True)
-            info = {"native": False, "cuda": False, "why": f"pure Python: {reason}", "compiler": "", "isas": []}
+            info = {
+                "native": False,
+                "cuda": False,
+                "why": f"pure Python: {reason}",
+                "compiler": "",
+                "isas": [],
+            }
         if info["why"]:
             print(f"moco_fast: {info['why']}", file=sys.stderr)
         (output.parent / INFO_NAME).write_text(json.dumps(info, indent=2) + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """In-place and editable builds: a module that could not be rebuilt must not linger beside the sources."""
+        """In-place and editable builds: a module that could not be rebuilt must not linger."""
         for ext in self.extensions:
             built = Path(self.build_lib, *ext.name.split(".")[:-1]) / INFO_NAME
             package = Path(self.get_finalized_command("build_py").get_package_dir("moco_fast"))
@@ -212,8 +226,6 @@ setup(
     packages=[*find_packages(include=["moco_fast", "moco_fast.*"]), "moco_fast.kernels"],
     package_dir={"moco_fast": "moco_fast", "moco_fast.kernels": "kernels"},
     # optional: setuptools then accepts that the file is missing. The sources are listed for sdist.
-    ext_modules=[
-        Extension("moco_fast._C", sorted(map(str, CSRC.glob("*.cpp"))), optional=True)
-    ],
+    ext_modules=[Extension("moco_fast._C", sorted(map(str, CSRC.glob("*.cpp"))), optional=True)],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -7,8 +7,8 @@
 namespace moco_fast {
 
 struct CudaDevice {
-  std::string name;
-  int major, minor;  // compute capability
+    std::string name;
+    int major, minor;  // compute capability
 };
 
 // Empty without a driver or a device. Defined in CUDA builds only.

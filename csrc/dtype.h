@@ -12,22 +12,22 @@ namespace moco_fast {
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
 struct bf16_t {
-  uint16_t bits;
+    uint16_t bits;
 };
 struct f16_t {
-  uint16_t bits;
+    uint16_t bits;
 };
 
 static inline uint32_t to_bits(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  return u;
+    uint32_t u;
+    std::memcpy(&u, &x, sizeof u);
+    return u;
 }
 
 static inline float from_bits(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, sizeof x);
-  return x;
+    float x;
+    std::memcpy(&x, &u, sizeof x);
+    return x;
 }
 
 static inline float to_float(float x) { return x; }
@@ -35,40 +35,40 @@ static inline float to_float(bf16_t x) { return from_bits(uint32_t(x.bits) << 16
 
 // Branch-free: the multiplication by 2^112 moves the exponent bias and normalises denormals at once.
 static inline float to_float(f16_t x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // inf and NaN keep their exponent
-  return from_bits(to_bits(from_bits(magnitude) * 0x1p112f) | special | uint32_t(x.bits & 0x8000) << 16);
+    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+    const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // inf and NaN keep their exponent
+    return from_bits(to_bits(from_bits(magnitude) * 0x1p112f) | special | uint32_t(x.bits & 0x8000) << 16);
 }
 
 static inline void from_float(float x, float& out) { out = x; }
 
 static inline void from_float(float x, bf16_t& out) {
-  const uint32_t u = to_bits(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  out.bits = uint16_t(x != x ? 0x7fc0u : rounded);
+    const uint32_t u = to_bits(x);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    out.bits = uint16_t(x != x ? 0x7fc0u : rounded);
 }
 
 static inline void from_float(float x, f16_t& out) {
-  const uint32_t u = to_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-  // Below 2^-14 the float adder rounds for us: adding 0.5 leaves the denormal's bits in the low mantissa.
-  const uint32_t denormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  uint32_t half = magnitude < 0x38800000u ? denormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
-  out.bits = uint16_t(sign | half);
+    const uint32_t u = to_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+    // Below 2^-14 the float adder rounds for us: adding 0.5 leaves the denormal's bits in the low mantissa.
+    const uint32_t denormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    uint32_t half = magnitude < 0x38800000u ? denormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
+    out.bits = uint16_t(sign | half);
 }
 
-// Norm of a row, summed in fp64: squares of large fp32 values must not overflow. Four chains hide the latency of
-// the addition; their order is fixed.
+// Norm of a row, summed in fp64: squares of large fp32 values must not overflow. Four chains hide the latency
+// of the addition; their order is fixed.
 template <class T>
 static inline float row_norm(const T* row, int64_t size) {
-  double sum[4] = {0, 0, 0, 0};
-  int64_t i = 0;
-  for (; i + 4 <= size; i += 4)
-    for (int u = 0; u < 4; ++u) sum[u] += double(to_float(row[i + u])) * double(to_float(row[i + u]));
-  for (; i < size; ++i) sum[0] += double(to_float(row[i])) * double(to_float(row[i]));
-  return float(std::sqrt((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    double sum[4] = {0, 0, 0, 0};
+    int64_t i = 0;
+    for (; i + 4 <= size; i += 4)
+        for (int u = 0; u < 4; ++u) sum[u] += double(to_float(row[i + u])) * double(to_float(row[i + u]));
+    for (; i < size; ++i) sum[0] += double(to_float(row[i])) * double(to_float(row[i]));
+    return float(std::sqrt((sum[0] + sum[1]) + (sum[2] + sum[3])));
 }
 
 // What torch.nn.functional.normalize divides by: max(|row|, 1e-12); a NaN norm stays NaN.

@@ -1,7 +1,9 @@
-// Ring buffer of negatives: rows (ptr + i) mod K <- keys_i / max(|keys_i|, 1e-12), then ptr <- (ptr + N) mod K.
+// Ring buffer of negatives: rows (ptr + i) mod K <- keys_i / max(|keys_i|, 1e-12), then ptr <- (ptr + N) mod
+// K.
 //
-// The norm is summed in fp64 and the division is in fp32, as info_nce normalises: an enqueued key equals the unit
-// key the loss saw, bit for bit. N rows are read and written once; the batch wraps anywhere, for any N <= K.
+// The norm is summed in fp64 and the division is in fp32, as info_nce normalises: an enqueued key equals the
+// unit key the loss saw, bit for bit. N rows are read and written once; the batch wraps anywhere, for any N
+// <= K.
 //
 // Shapes: queue (K, C) contiguous rows; keys (N, C) contiguous; ptr one int64.
 // Reference: moco_fast/reference.py::enqueue_.  Tests: tests/test_enqueue.py.
@@ -14,17 +16,18 @@
 namespace moco_fast {
 
 struct Enqueue {
-  void* queue;  // (K, C)
-  DType queue_dtype;
-  int64_t slots, features;
-  int64_t* ptr;
-  const void* keys;  // (N, C)
-  DType keys_dtype;
-  int64_t n;
-  int threads;
+    void* queue;  // (K, C)
+    DType queue_dtype;
+    int64_t slots, features;
+    int64_t* ptr;
+    const void* keys;  // (N, C)
+    DType keys_dtype;
+    int64_t n;
+    int threads;
 };
 
-// Throws std::invalid_argument, before anything is written, for ptr outside [0, K), N > K or impossible sizes.
+// Throws std::invalid_argument, before anything is written, for ptr outside [0, K), N > K or impossible
+// sizes.
 void enqueue(const Enqueue& args);
 
 }  // namespace moco_fast

@@ -14,222 +14,239 @@ namespace moco_fast {
 namespace {
 
 const InfoNceIsa& isa_table() {
-  switch (selected_isa()) {
+    switch (selected_isa()) {
 #if defined(MOCO_FAST_X86_64)
-    case Isa::avx512:
-      return avx512::kInfoNce;
-    case Isa::avx2:
-      return avx2::kInfoNce;
+        case Isa::avx512:
+            return avx512::kInfoNce;
+        case Isa::avx2:
+            return avx2::kInfoNce;
 #endif
-    default:
-      return baseline::kInfoNce;
-  }
+        default:
+            return baseline::kInfoNce;
+    }
 }
 
+constexpr double kLog2E = 1.4426950408889634;
+
 void require(bool ok, const char* what) {
-  if (!ok) throw std::invalid_argument(what);
+    if (!ok) throw std::invalid_argument(what);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How the work is cut; a function of the shapes and the instruction set, never of the number of threads.
 struct Plan {
-  int64_t panels, block_panels, blocks, tiles, split_tiles, splits;
+    int64_t panels, block_panels, blocks, tiles, split_tiles, splits;
 
-  Plan(const InfoNce& a, const InfoNceIsa& isa) {
-    // Queries and weighted sums of a block stay in L2 beside a tile of rows.
-    constexpr int64_t kBlockFloats = 32768, kBlockQueries = 256;
-    // Enough items to balance any usual number of cores; with 128 KB of sums each that is 8 MB.
-    constexpr int64_t kItems = 64, kLeastTiles = 8;
-    panels = ceil_div(a.n, isa.panel);
-    const int64_t fit = std::min(kBlockFloats / a.features, kBlockQueries) / isa.panel;
-    block_panels = std::min(panels, std::max<int64_t>(fit, 1));
-    blocks = ceil_div(panels, block_panels);
-    tiles = ceil_div(a.negatives, isa.tile);
-    const int64_t wanted = std::min(ceil_div(kItems, blocks), ceil_div(tiles, kLeastTiles));
-    split_tiles = ceil_div(tiles, wanted);
-    splits = ceil_div(tiles, split_tiles);
-  }
+    Plan(const InfoNce& a, const InfoNceIsa& isa) {
+        // Queries and weighted sums of a block stay in L2 beside a tile of rows.
+        constexpr int64_t kBlockFloats = 32768, kBlockQueries = 256;
+        // Enough items to balance any usual number of cores; with 128 KB of sums each that is 8 MB.
+        constexpr int64_t kItems = 64, kLeastTiles = 8;
+        panels = ceil_div(a.n, isa.panel);
+        const int64_t fit = std::min(kBlockFloats / a.features, kBlockQueries) / isa.panel;
+        block_panels = std::min(panels, std::max<int64_t>(fit, 1));
+        blocks = ceil_div(panels, block_panels);
+        tiles = ceil_div(a.negatives, isa.tile);
+        const int64_t wanted = std::min(ceil_div(kItems, blocks), ceil_div(tiles, kLeastTiles));
+        split_tiles = ceil_div(tiles, wanted);
+        splits = ceil_div(tiles, split_tiles);
+    }
 };
 
 // Rows of a panel side by side, unit, zero beyond the last query; returns norms.
 template <class T>
 void pack_panel(const T* rows, int64_t count, int64_t features, int64_t panel, float* packed, float* norms) {
-  for (int64_t w = 0; w < panel; ++w) {
-    norms[w] = w < count ? row_norm(rows + w * features, features) : 1.0f;
-    const float divisor = clamp_norm(norms[w]);
-    for (int64_t c = 0; c < features; ++c)
-      packed[c * panel + w] = w < count ? to_float(rows[w * features + c]) / divisor : 0.0f;
-  }
+    for (int64_t w = 0; w < panel; ++w) {
+        norms[w] = w < count ? row_norm(rows + w * features, features) : 1.0f;
+        const float divisor = clamp_norm(norms[w]);
+        for (int64_t c = 0; c < features; ++c)
+            packed[c * panel + w] = w < count ? to_float(rows[w * features + c]) / divisor : 0.0f;
+    }
 }
 
 void pack_panel(const void* rows, DType dtype, int64_t first, int64_t count, int64_t features, int64_t panel,
                 float* packed, float* norms) {
-  const int64_t at = first * features;
-  switch (dtype) {
-    case DType::f32:
-      return pack_panel(static_cast<const float*>(rows) + at, count, features, panel, packed, norms);
-    case DType::bf16:
-      return pack_panel(static_cast<const bf16_t*>(rows) + at, count, features, panel, packed, norms);
-    default:
-      return pack_panel(static_cast<const f16_t*>(rows) + at, count, features, panel, packed, norms);
-  }
+    const int64_t at = first * features;
+    switch (dtype) {
+        case DType::f32:
+            return pack_panel(static_cast<const float*>(rows) + at, count, features, panel, packed, norms);
+        case DType::bf16:
+            return pack_panel(static_cast<const bf16_t*>(rows) + at, count, features, panel, packed, norms);
+        default:
+            return pack_panel(static_cast<const f16_t*>(rows) + at, count, features, panel, packed, norms);
+    }
 }
 
 // Loss and gradient of one query from its finished softmax; element c of a vector lies at [c * stride].
 struct Query {
-  float max, sum, cosine_sum, pos, norm;
-  const float *weighted, *q_hat, *k_hat;
-  int64_t stride;
+    float max, sum, cosine_sum, pos, norm;
+    const float *weighted, *q_hat, *k_hat;
+    int64_t stride;
 };
 
 void finish(const Query& x, int64_t negatives, int64_t features, double temperature, float* loss, float* dq,
             float* neg) {
-  const double gap = (double(x.max) - double(x.pos)) / temperature;  // >= 0; 0 where the positive is on top
-  const double positive = std::exp(-gap), total = double(x.sum) + positive;
-  // log1p keeps a tiny loss exact; a negative above the positive makes total >= 1 and its logarithm safe.
-  const double value = gap > 0 ? gap + std::log(total) : std::log1p(double(x.sum)) + gap;
-  // A cosine of -inf has vanished from the sum: its trace in the mean makes the loss NaN.
-  *loss = float(value + 0.0 * double(x.cosine_sum));
-  *neg = float(double(x.cosine_sum) / double(negatives));
-  if (!dq) return;
-  const double scale = 1.0 / (total * temperature);
-  double radial = 0;
-  for (int64_t c = 0; c < features; ++c) {
-    const double d = (double(x.weighted[c * x.stride]) - double(x.sum) * double(x.k_hat[c * x.stride])) * scale;
-    radial += d * double(x.q_hat[c * x.stride]);
-  }
-  if (x.norm < kNormFloor) radial = 0;
-  const double divisor = clamp_norm(x.norm);
-  for (int64_t c = 0; c < features; ++c) {
-    const double d = (double(x.weighted[c * x.stride]) - double(x.sum) * double(x.k_hat[c * x.stride])) * scale;
-    dq[c] = float((d - radial * double(x.q_hat[c * x.stride])) / divisor);
-  }
+    const double gap = (double(x.max) - double(x.pos)) / temperature;  // >= 0; 0 where the positive is on top
+    const double positive = std::exp(-gap), total = double(x.sum) + positive;
+    // log1p keeps a tiny loss exact; a negative above the positive makes total >= 1 and its logarithm safe.
+    const double value = gap > 0 ? gap + std::log(total) : std::log1p(double(x.sum)) + gap;
+    // A cosine of -inf has vanished from the sum: its trace in the mean makes the loss NaN.
+    *loss = float(value + 0.0 * double(x.cosine_sum));
+    *neg = float(double(x.cosine_sum) / double(negatives));
+    if (!dq) return;
+    const double scale = 1.0 / (total * temperature);
+    double radial = 0;
+    for (int64_t c = 0; c < features; ++c) {
+        const double d =
+            (double(x.weighted[c * x.stride]) - double(x.sum) * double(x.k_hat[c * x.stride])) * scale;
+        radial += d * double(x.q_hat[c * x.stride]);
+    }
+    if (x.norm < kNormFloor) radial = 0;
+    const double divisor = clamp_norm(x.norm);
+    for (int64_t c = 0; c < features; ++c) {
+        const double d =
+            (double(x.weighted[c * x.stride]) - double(x.sum) * double(x.k_hat[c * x.stride])) * scale;
+        dq[c] = float((d - radial * double(x.q_hat[c * x.stride])) / divisor);
+    }
 }
 
 // Adds the splits of one panel into the first, in order.
 void merge_splits(const InfoNceIsa& isa, int64_t splits, int64_t padded, int64_t features, double temperature,
                   SoftmaxState s, float* weighted) {
-  float into_scale[64], from_scale[64];
-  for (int64_t split = 1; split < splits; ++split) {
-    const int64_t offset = split * padded;
-    for (int64_t w = 0; w < isa.panel; ++w) {
-      const float a = s.max[w], b = s.max[offset + w], top = b > a ? b : a;
-      into_scale[w] = float(std::exp((double(a) - double(top)) / temperature));
-      from_scale[w] = float(std::exp((double(b) - double(top)) / temperature));
-      s.max[w] = top;
-      s.sum[w] = s.sum[w] * into_scale[w] + s.sum[offset + w] * from_scale[w];
-      s.cosine_sum[w] += s.cosine_sum[offset + w];
-      s.rank[w] += s.rank[offset + w];
+    float into_scale[64], from_scale[64];
+    for (int64_t split = 1; split < splits; ++split) {
+        const int64_t offset = split * padded;
+        for (int64_t w = 0; w < isa.panel; ++w) {
+            const float a = s.max[w], b = s.max[offset + w], top = b > a ? b : a;
+            into_scale[w] = float(std::exp((double(a) - double(top)) / temperature));
+            from_scale[w] = float(std::exp((double(b) - double(top)) / temperature));
+            s.max[w] = top;
+            s.sum[w] = s.sum[w] * into_scale[w] + s.sum[offset + w] * from_scale[w];
+            s.cosine_sum[w] += s.cosine_sum[offset + w];
+            s.rank[w] += s.rank[offset + w];
+        }
+        if (weighted) isa.merge(weighted, weighted + offset * features, into_scale, from_scale, features);
     }
-    if (weighted) isa.merge(weighted, weighted + offset * features, into_scale, from_scale, features);
-  }
 }
 
 }  // namespace
 
 void info_nce(const InfoNce& a) {
-  require(a.n > 0 && a.negatives > 0 && a.features > 0, "info_nce: N, K and C must be at least 1");
-  require(a.temperature > 0 && std::isfinite(a.temperature), "info_nce: temperature must be positive and finite");
-  const InfoNceIsa& isa = isa_table();
-  const Plan plan(a, isa);
-  const int threads = std::max(1, a.threads);
-  const int64_t width = isa.panel, padded = plan.panels * width, panel_size = width * a.features;
+    require(a.n > 0 && a.negatives > 0 && a.features > 0, "info_nce: N, K and C must be at least 1");
+    require(a.temperature > 0 && std::isfinite(a.temperature),
+            "info_nce: temperature must be positive and finite");
+    const InfoNceIsa& isa = isa_table();
+    const Plan plan(a, isa);
+    const int threads = std::max(1, a.threads);
+    const int64_t width = isa.panel, padded = plan.panels * width, panel_size = width * a.features;
 
-  Scratch<float> q = make_scratch<float>(padded * a.features), k = make_scratch<float>(padded * a.features);
-  Scratch<float> norms = make_scratch<float>(padded), cosine = make_scratch<float>(padded);
-  Scratch<float> state = make_scratch<float>(3 * plan.splits * padded);
-  Scratch<int32_t> ranks = make_scratch<int32_t>(plan.splits * padded);
-  Scratch<float> weighted = make_scratch<float>(a.dq ? plan.splits * padded * a.features : 0);
-  Scratch<float> scores = make_scratch<float>(threads * isa.tile * width);
-  const int64_t widened_size = a.queue_dtype == DType::f32 ? 0 : isa.tile * a.features;
-  Scratch<float> widened = make_scratch<float>(threads * widened_size);
-  const int64_t row_bytes = a.features * (a.queue_dtype == DType::f32 ? 4 : 2);
+    Scratch<float> q = make_scratch<float>(padded * a.features), k = make_scratch<float>(padded * a.features);
+    Scratch<float> norms = make_scratch<float>(padded), cosine = make_scratch<float>(padded);
+    Scratch<float> state = make_scratch<float>(3 * plan.splits * padded);
+    Scratch<int32_t> ranks = make_scratch<int32_t>(plan.splits * padded);
+    Scratch<float> weighted = make_scratch<float>(a.dq ? plan.splits * padded * a.features : 0);
+    Scratch<float> scores = make_scratch<float>(threads * isa.tile * width);
+    const int64_t widened_size = a.queue_dtype == DType::f32 ? 0 : isa.tile * a.features;
+    Scratch<float> widened = make_scratch<float>(threads * widened_size);
+    const int64_t row_bytes = a.features * (a.queue_dtype == DType::f32 ? 4 : 2);
 
 #pragma omp parallel num_threads(threads)
-  {
+    {
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < plan.panels; ++p) {
-      const int64_t first = p * width, count = std::min(width, a.n - first);
-      float* at = q.get() + p * panel_size;
-      pack_panel(a.k, a.qk_dtype, first, count, a.features, width, k.get() + p * panel_size, norms.get() + first);
-      pack_panel(a.q, a.qk_dtype, first, count, a.features, width, at, norms.get() + first);
-      isa.positive(at, k.get() + p * panel_size, a.features, cosine.get() + first);
-    }
+        for (int64_t p = 0; p < plan.panels; ++p) {
+            const int64_t first = p * width, count = std::min(width, a.n - first);
+            float* at = q.get() + p * panel_size;
+            pack_panel(a.k, a.qk_dtype, first, count, a.features, width, k.get() + p * panel_size,
+                       norms.get() + first);
+            pack_panel(a.q, a.qk_dtype, first, count, a.features, width, at, norms.get() + first);
+            isa.positive(at, k.get() + p * panel_size, a.features, cosine.get() + first);
+        }
 
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < plan.blocks * plan.splits; ++item) {
-      const int64_t split = item / plan.blocks, panel = item % plan.blocks * plan.block_panels;
-      const int64_t panels = std::min(plan.block_panels, plan.panels - panel);
-      const int64_t row = split * plan.split_tiles * isa.tile;
-      const int64_t at = split * padded + panel * width, size = panels * width;
-      InfoNceScan scan;
-      scan.queries = q.get() + panel * panel_size;
-      scan.positive = cosine.get() + panel * width;
-      scan.panels = panels;
-      scan.rows = static_cast<const char*>(a.queue) + row * row_bytes;
-      scan.rows_dtype = a.queue_dtype;
-      scan.count = std::min(plan.split_tiles * isa.tile, a.negatives - row);
-      scan.features = a.features;
-      scan.inverse_temperature = float(1.0 / a.temperature);
-      scan.state = {state.get() + at, state.get() + plan.splits * padded + at,
-                    state.get() + 2 * plan.splits * padded + at, ranks.get() + at};
-      scan.weighted = a.dq ? weighted.get() + at * a.features : nullptr;
-      scan.scores = scores.get() + thread_index() * isa.tile * width;
-      scan.widened_rows = widened.get() + thread_index() * widened_size;
-      std::copy_n(scan.positive, size, scan.state.max);
-      std::fill_n(scan.state.sum, size, 0.0f);
-      std::fill_n(scan.state.cosine_sum, size, 0.0f);
-      std::fill_n(scan.state.rank, size, 0);
-      if (a.dq) std::fill_n(scan.weighted, size * a.features, 0.0f);
-      isa.scan(scan);
-    }
+        for (int64_t item = 0; item < plan.blocks * plan.splits; ++item) {
+            const int64_t split = item / plan.blocks, panel = item % plan.blocks * plan.block_panels;
+            const int64_t panels = std::min(plan.block_panels, plan.panels - panel);
+            const int64_t row = split * plan.split_tiles * isa.tile;
+            const int64_t at = split * padded + panel * width, size = panels * width;
+            InfoNceScan scan;
+            scan.queries = q.get() + panel * panel_size;
+            scan.positive = cosine.get() + panel * width;
+            scan.panels = panels;
+            scan.rows = static_cast<const char*>(a.queue) + row * row_bytes;
+            scan.rows_dtype = a.queue_dtype;
+            scan.count = std::min(plan.split_tiles * isa.tile, a.negatives - row);
+            scan.features = a.features;
+            scan.scale_to_log2 = float(kLog2E / a.temperature);
+            scan.state = {state.get() + at, state.get() + plan.splits * padded + at,
+                          state.get() + 2 * plan.splits * padded + at, ranks.get() + at};
+            scan.weighted = a.dq ? weighted.get() + at * a.features : nullptr;
+            scan.scores = scores.get() + thread_index() * isa.tile * width;
+            scan.widened_rows = widened.get() + thread_index() * widened_size;
+            std::copy_n(scan.positive, size, scan.state.max);
+            std::fill_n(scan.state.sum, size, 0.0f);
+            std::fill_n(scan.state.cosine_sum, size, 0.0f);
+            std::fill_n(scan.state.rank, size, 0);
+            if (a.dq) std::fill_n(scan.weighted, size * a.features, 0.0f);
+            isa.scan(scan);
+        }
 
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < plan.panels; ++p) {
-      const int64_t first = p * width, count = std::min(width, a.n - first);
-      const SoftmaxState s = {state.get() + first, state.get() + plan.splits * padded + first,
-                              state.get() + 2 * plan.splits * padded + first, ranks.get() + first};
-      float* sums = a.dq ? weighted.get() + p * panel_size : nullptr;
-      merge_splits(isa, plan.splits, padded, a.features, a.temperature, s, sums);
-      for (int64_t w = 0; w < count; ++w) {
-        const int64_t i = first + w, at = p * panel_size + w;
-        const Query x = {s.max[w], s.sum[w], s.cosine_sum[w], cosine[i], norms[i], a.dq ? sums + w : nullptr,
-                         q.get() + at, k.get() + at, width};
-        finish(x, a.negatives, a.features, a.temperature, a.loss + i, a.dq ? a.dq + i * a.features : nullptr,
-               a.neg + i);
-        a.rank[i] = s.rank[w];
-        a.pos[i] = cosine[i];
-      }
+        for (int64_t p = 0; p < plan.panels; ++p) {
+            const int64_t first = p * width, count = std::min(width, a.n - first);
+            const SoftmaxState s = {state.get() + first, state.get() + plan.splits * padded + first,
+                                    state.get() + 2 * plan.splits * padded + first, ranks.get() + first};
+            float* sums = a.dq ? weighted.get() + p * panel_size : nullptr;
+            merge_splits(isa, plan.splits, padded, a.features, a.temperature, s, sums);
+            for (int64_t w = 0; w < count; ++w) {
+                const int64_t i = first + w, at = p * panel_size + w;
+                const Query x = {s.max[w],     s.sum[w],     s.cosine_sum[w],
+                                 cosine[i],    norms[i],     a.dq ? sums + w : nullptr,
+                                 q.get() + at, k.get() + at, width};
+                finish(x, a.negatives, a.features, a.temperature, a.loss + i,
+                       a.dq ? a.dq + i * a.features : nullptr, a.neg + i);
+                a.rank[i] = s.rank[w];
+                a.pos[i] = cosine[i];
+            }
+        }
     }
-  }
 }
 
 void info_nce_tile(const InfoNceTile& a) {
-  require(a.n > 0 && a.count > 0 && a.features > 0, "info_nce_tile: N, the tile and C must be at least 1");
-  require(a.temperature > 0 && std::isfinite(a.temperature), "info_nce_tile: temperature must be positive and finite");
-  const InfoNceIsa& isa = isa_table();
+    require(a.n > 0 && a.count > 0 && a.features > 0, "info_nce_tile: N, the tile and C must be at least 1");
+    require(a.temperature > 0 && std::isfinite(a.temperature),
+            "info_nce_tile: temperature must be positive and finite");
+    const InfoNceIsa& isa = isa_table();
 #pragma omp parallel for num_threads(std::max(1, a.threads)) schedule(static)
-  for (int64_t i = 0; i < a.n; ++i) {
-    const float scale = isa.softmax_row({a.cosines + i * a.count, a.count, a.pos[i], float(1.0 / a.temperature),
-                                         a.max + i, a.sum + i, a.cosine_sum + i, a.rank + i});
-    if (!a.weighted || scale == 1.0f) continue;
-    for (int64_t c = 0; c < a.features; ++c) a.weighted[i * a.features + c] *= scale;
-  }
+    for (int64_t i = 0; i < a.n; ++i) {
+        const float scale =
+            isa.softmax_row({a.cosines + i * a.count, a.count, a.pos[i], float(kLog2E / a.temperature),
+                             a.max + i, a.sum + i, a.cosine_sum + i, a.rank + i});
+        if (!a.weighted || scale == 1.0f) continue;
+        for (int64_t c = 0; c < a.features; ++c) a.weighted[i * a.features + c] *= scale;
+    }
 }
 
 void info_nce_finish(const InfoNceFinish& a) {
-  require(a.n > 0 && a.negatives > 0 && a.features > 0, "info_nce_finish: N, K and C must be at least 1");
-  require(a.temperature > 0 && std::isfinite(a.temperature), "info_nce_finish: temperature must be positive and finite");
+    require(a.n > 0 && a.negatives > 0 && a.features > 0, "info_nce_finish: N, K and C must be at least 1");
+    require(a.temperature > 0 && std::isfinite(a.temperature),
+            "info_nce_finish: temperature must be positive and finite");
 #pragma omp parallel for num_threads(std::max(1, a.threads)) schedule(static)
-  for (int64_t i = 0; i < a.n; ++i) {
-    const int64_t at = i * a.features;
-    const bool gradient = a.dq != nullptr;
-    const Query x = {a.max[i], a.sum[i], a.cosine_sum[i], a.pos[i], gradient ? a.norm[i] : 1.0f,
-                     gradient ? a.weighted + at : nullptr, gradient ? a.q_hat + at : nullptr,
-                     gradient ? a.k_hat + at : nullptr, 1};
-    finish(x, a.negatives, a.features, a.temperature, a.loss + i, gradient ? a.dq + at : nullptr, a.neg + i);
-  }
+    for (int64_t i = 0; i < a.n; ++i) {
+        const int64_t at = i * a.features;
+        const bool gradient = a.dq != nullptr;
+        const Query x = {a.max[i],
+                         a.sum[i],
+                         a.cosine_sum[i],
+                         a.pos[i],
+                         gradient ? a.norm[i] : 1.0f,
+                         gradient ? a.weighted + at : nullptr,
+                         gradient ? a.q_hat + at : nullptr,
+                         gradient ? a.k_hat + at : nullptr,
+                         1};
+        finish(x, a.negatives, a.features, a.temperature, a.loss + i, gradient ? a.dq + at : nullptr,
+               a.neg + i);
+    }
 }
 
 }  // namespace moco_fast

@@ -6,13 +6,15 @@
 //   dq^   = (sum_j p_j n_j - (1 - p_pos) k^) / T,  1 - p_pos = l / (l + e), never a subtraction
 //   dq    = (dq^ - q^ (q^ . dq^)) / |q|            (d loss_i / d q_i; no projection below |q| = 1e-12)
 //
-// with l the negatives' and e the positive's exponentials under one shift. Rows of the queue may have any norm: the
-// shift is an online maximum. Never in memory: the N x K logits, their softmax, a transposed or packed queue.
-// Cost: 4 N K C FLOPs and N K exponentials; the queue is read once per block of up to 256 queries from memory and
-// twice from cache. Scratch: 8 MB of partial sums, plus 8 N C bytes. Forward alone is half the FLOPs, no scratch.
+// with l the negatives' and e the positive's exponentials under one shift. Rows of the queue may have any
+// norm: the shift is an online maximum. Never in memory: the N x K logits, their softmax, a transposed or
+// packed queue. Cost: 4 N K C FLOPs and N K exponentials; the queue is read once per block of up to 256
+// queries from memory and twice from cache. Scratch: 8 MB of partial sums, plus 8 N C bytes. Forward alone is
+// half the FLOPs, no scratch.
 //
-// The work is cut by the shapes alone and the parts are added in a fixed order, so the result is bitwise the same
-// for any number of threads. A NaN or infinity in a row of q, k or the queue makes the losses it enters non-finite.
+// The work is cut by the shapes alone and the parts are added in a fixed order, so the result is bitwise the
+// same for any number of threads. A NaN or infinity in a row of q, k or the queue makes the losses it enters
+// non-finite.
 //
 // Shapes: q, k (N, C) raw, one dtype; queue (K, C); loss, rank, pos, neg (N); dq (N, C).
 // Reference: moco_fast/reference.py::info_nce.  Tests: tests/test_info_nce.py.
@@ -25,18 +27,18 @@
 namespace moco_fast {
 
 struct InfoNce {
-  const void *q, *k;  // (N, C) contiguous, raw
-  DType qk_dtype;
-  const void* queue;  // (K, C) contiguous rows
-  DType queue_dtype;
-  int64_t n, negatives, features;
-  double temperature;
-  float* loss;    // (N)
-  float* dq;      // (N, C), or null: forward only
-  int64_t* rank;  // (N) negatives strictly above the positive
-  float* pos;     // (N) cosine of the positive
-  float* neg;     // (N) mean cosine of the negatives
-  int threads;
+    const void *q, *k;  // (N, C) contiguous, raw
+    DType qk_dtype;
+    const void* queue;  // (K, C) contiguous rows
+    DType queue_dtype;
+    int64_t n, negatives, features;
+    double temperature;
+    float* loss;    // (N)
+    float* dq;      // (N, C), or null: forward only
+    int64_t* rank;  // (N) negatives strictly above the positive
+    float* pos;     // (N) cosine of the positive
+    float* neg;     // (N) mean cosine of the negatives
+    int threads;
 };
 
 // Throws std::invalid_argument for impossible sizes and std::bad_alloc.
@@ -46,26 +48,26 @@ void info_nce(const InfoNce& args);
 // The caller starts max at the positive's cosine and the sums at zero, calls this per tile, adds
 // cosines @ tile_rows to `weighted` after each call, and ends with info_nce_finish.
 struct InfoNceTile {
-  float* cosines;  // (N, count) contiguous; becomes exp((s - max)/T)
-  int64_t n, count, features;
-  double temperature;
-  const float* pos;                 // (N)
-  float *max, *sum, *cosine_sum;    // (N) running
-  int64_t* rank;                    // (N) running
-  float* weighted;                  // (N, C), rescaled where the maximum grew, or null
-  int threads;
+    float* cosines;  // (N, count) contiguous; becomes exp((s - max)/T)
+    int64_t n, count, features;
+    double temperature;
+    const float* pos;               // (N)
+    float *max, *sum, *cosine_sum;  // (N) running
+    int64_t* rank;                  // (N) running
+    float* weighted;                // (N, C), rescaled where the maximum grew, or null
+    int threads;
 };
 void info_nce_tile(const InfoNceTile& args);
 
 struct InfoNceFinish {
-  const float *max, *sum, *cosine_sum, *pos;  // (N)
-  const float* weighted;                      // (N, C), or null: forward only
-  const float *q_hat, *k_hat;                 // (N, C) unit; read for dq only
-  const float* norm;                          // (N) |q|, not clamped
-  int64_t n, negatives, features;
-  double temperature;
-  float *loss, *dq, *neg;  // (N), (N, C), (N)
-  int threads;
+    const float *max, *sum, *cosine_sum, *pos;  // (N)
+    const float* weighted;                      // (N, C), or null: forward only
+    const float *q_hat, *k_hat;                 // (N, C) unit; read for dq only
+    const float* norm;                          // (N) |q|, not clamped
+    int64_t n, negatives, features;
+    double temperature;
+    float *loss, *dq, *neg;  // (N), (N, C), (N)
+    int threads;
 };
 void info_nce_finish(const InfoNceFinish& args);
 

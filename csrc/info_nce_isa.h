@@ -1,8 +1,8 @@
 // The part of info_nce that is compiled once per instruction set, as a table of functions.
 //
-// Queries travel in panels: `panel` queries side by side, feature by feature, so that element c of query w of a
-// panel lies at [c * panel + w]. A vector register then always holds queries, never features: no horizontal sums,
-// no masks, and tails of N are zero queries whose results nobody reads.
+// Queries travel in panels: `panel` queries side by side, feature by feature, so that element c of query w of
+// a panel lies at [c * panel + w]. A vector register then always holds queries, never features: no horizontal
+// sums, no masks, and tails of N are zero queries whose results nobody reads.
 #pragma once
 
 #include <cstdint>
@@ -11,51 +11,53 @@
 
 namespace moco_fast {
 
-// Online softmax of every query over the rows seen so far, panel after panel. `max` starts as the cosine of the
-// positive, so it is finite whenever the inputs are; the sums are over the negatives only.
+// Online softmax of every query over the rows seen so far, panel after panel. `max` starts as the cosine of
+// the positive, so it is finite whenever the inputs are; the sums are over the negatives only.
 struct SoftmaxState {
-  float* max;         // (N) largest cosine, not over T
-  float* sum;         // (N) sum of exp((s - max) / T)
-  float* cosine_sum;  // (N)
-  int32_t* rank;      // (N) negatives strictly above the positive
+    float* max;         // (N) largest cosine, not over T
+    float* sum;         // (N) sum of exp((s - max) / T)
+    float* cosine_sum;  // (N)
+    int32_t* rank;      // (N) negatives strictly above the positive
 };
 
 // One block of queries against a run of queue rows.
 struct InfoNceScan {
-  const float* queries;   // (panels, C, panel), unit
-  const float* positive;  // (panels, panel) cosine of the positive
-  int64_t panels;
-  const void* rows;  // (count, C), the first row of the run
-  DType rows_dtype;
-  int64_t count;
-  int64_t features;
-  float inverse_temperature;
-  SoftmaxState state;   // (panels, panel), initialised by the caller
-  float* weighted;      // (panels, C, panel) += sum_j exp((s_j - max)/T) row_j, or null
-  float* scores;        // scratch, (tile, panel)
-  float* widened_rows;  // scratch, (tile, C); null when rows_dtype is f32
+    const float* queries;   // (panels, C, panel), unit
+    const float* positive;  // (panels, panel) cosine of the positive
+    int64_t panels;
+    const void* rows;  // (count, C), the first row of the run
+    DType rows_dtype;
+    int64_t count;
+    int64_t features;
+    float scale_to_log2;  // log2(e) / T: exp((s - max) / T) = 2^((s - max) * scale_to_log2)
+    SoftmaxState state;   // (panels, panel), initialised by the caller
+    float* weighted;      // (panels, C, panel) += sum_j exp((s_j - max)/T) row_j, or null
+    float* scores;        // scratch, (tile, panel)
+    float* widened_rows;  // scratch, (tile, C); null when rows_dtype is f32
 };
 
 // One tile of cosines that somebody else's matrix product made, one row per query.
 struct InfoNceSoftmaxRow {
-  float* cosines;  // (count), becomes exp((s - max)/T)
-  int64_t count;
-  float positive;
-  float inverse_temperature;
-  float *max, *sum, *cosine_sum;
-  int64_t* rank;
+    float* cosines;  // (count), becomes exp((s - max)/T)
+    int64_t count;
+    float positive;
+    float scale_to_log2;  // log2(e) / T
+    float *max, *sum, *cosine_sum;
+    int64_t* rank;
 };
 
 struct InfoNceIsa {
-  int64_t panel;  // queries per panel
-  int64_t tile;   // queue rows per softmax step
-  // Cosine of the positive with the rounding of the negatives' dot products: a queue row equal to the key ties.
-  void (*positive)(const float* queries, const float* keys, int64_t features, float* cosine);
-  void (*scan)(const InfoNceScan&);
-  // into = into * into_scale + from * from_scale for one panel of weighted sums.
-  void (*merge)(float* into, const float* from, const float* into_scale, const float* from_scale, int64_t features);
-  // Returns the factor by which what was accumulated under the old maximum must be scaled.
-  float (*softmax_row)(const InfoNceSoftmaxRow&);
+    int64_t panel;  // queries per panel
+    int64_t tile;   // queue rows per softmax step
+    // Cosine of the positive with the rounding of the negatives' dot products: a queue row equal to the key
+    // ties.
+    void (*positive)(const float* queries, const float* keys, int64_t features, float* cosine);
+    void (*scan)(const InfoNceScan&);
+    // into = into * into_scale + from * from_scale for one panel of weighted sums.
+    void (*merge)(float* into, const float* from, const float* into_scale, const float* from_scale,
+                  int64_t features);
+    // Returns the factor by which what was accumulated under the old maximum must be scaled.
+    float (*softmax_row)(const InfoNceSoftmaxRow&);
 };
 
 namespace baseline {

@@ -13,22 +13,22 @@ namespace moco_fast {
 
 inline int thread_index() {
 #if defined(_OPENMP)
-  return omp_get_thread_num();
+    return omp_get_thread_num();
 #else
-  return 0;
+    return 0;
 #endif
 }
 
 // Aligned to a cache line and uninitialised: the thread that writes a page first also maps it.
 struct ScratchDelete {
-  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
+    void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
 template <class T>
 using Scratch = std::unique_ptr<T[], ScratchDelete>;
 
 template <class T>
 Scratch<T> make_scratch(std::size_t count) {
-  return Scratch<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
+    return Scratch<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
 }
 
 }  // namespace moco_fast

@@ -28,6 +28,7 @@ constexpr int kRegisterRows = 6;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef float VecU __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 MOCO_FAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
@@ -35,36 +36,37 @@ MOCO_FAST_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; 
 MOCO_FAST_INLINE Vec splat(float x) { return x - Vec{}; }
 MOCO_FAST_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b when either is NaN
 
-// e^x for x <= 0 within 1 ulp; exactly 0 below -87.3, where the result would be denormal; NaN stays NaN.
-MOCO_FAST_INLINE Vec exp_nonpositive(Vec x) {
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, ready to become an exponent.
-  constexpr float kRound = 12582912.0f;
-  const Vec shifted = x * 1.44269504088896341f + kRound;
-  const Vec n = shifted - kRound;
-  Vec r = x - n * 0.693359375f;      // ln 2 in two parts: the first product is exact
-  r = r - n * -2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Int scale = (Int(shifted) << 23) + 0x3f800000;
-  return Vec(Int(p * Vec(scale)) & ~(x < -87.3f));
+// 2^(x * scale) for x * scale <= 0 within 1 ulp of what the rounded scale gives; exactly 0 below 2^-126,
+// where the result would be denormal; NaN stays NaN.
+MOCO_FAST_INLINE Vec exp2_scaled(Vec x, float scale) {
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, ready to become an exponent.
+    constexpr float kRound = 12582912.0f;
+    const Vec shifted = x * scale + kRound;
+    const Vec n = shifted - kRound;
+    const Vec r = x * scale - n;  // one fused operation: the product is never rounded
+    Vec p = r * 0x1.444004p-13f + 0x1.5f0896p-10f;
+    p = p * r + 0x1.3b2a1cp-7f;
+    p = p * r + 0x1.c6af6cp-5f;
+    p = p * r + 0x1.ebfbe0p-3f;
+    p = p * r + 0x1.62e430p-1f;
+    p = p * r + 1.0f;
+    const Bits power = (Bits(shifted) << 23) + 0x3f800000u;
+    return Vec(Int(p * Vec(power)) & ~(n < -126.0f));
 }
 
 // Widen `size` values to fp32.
 MOCO_FAST_INLINE void widen(const bf16_t* from, float* to, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i]);
+    for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i]);
 }
 
 MOCO_FAST_INLINE void widen(const f16_t* from, float* to, int64_t size) {
-  int64_t i = 0;
+    int64_t i = 0;
 #if defined(__F16C__)
-  for (; i + 8 <= size; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    for (; i + 8 <= size; i += 8)
+        _mm256_storeu_ps(to + i,
+                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 #endif
-  for (; i < size; ++i) to[i] = to_float(from[i]);
+    for (; i < size; ++i) to[i] = to_float(from[i]);
 }
 
 }  // namespace MOCO_FAST_ISA

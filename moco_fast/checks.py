@@ -69,7 +69,9 @@ def momentum(value: object, name: str = "m") -> float:
 def same_device(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
     """Raise unless both tensors are on one device."""
     if first.device != value.device:
-        raise ValueError(f"{name} is on {value.device}, but {first_name} is on {first.device}: move one of them")
+        raise ValueError(
+            f"{name} is on {value.device}, but {first_name} is on {first.device}: move one of them"
+        )
 
 
 def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +123,9 @@ def enqueue(queue: object, ptr: object, keys: object) -> tuple[Tensor, Tensor, T
 def ema_update(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Check the tensors of :func:`moco_fast.ema_update_`."""
     if len(targets) != len(sources):
-        raise ValueError(f"sources must pair up with targets: got {len(sources)} sources, {len(targets)} targets")
+        raise ValueError(
+            f"sources must pair up with targets: got {len(sources)} sources, {len(targets)} targets"
+        )
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         for name, value in ((f"targets[{i}]", target), (f"sources[{i}]", source)):
             if not isinstance(value, Tensor):

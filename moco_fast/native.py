@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moco_fast import reference
 
-_C: ModuleType | None
+_C: Any
 try:
     # torch is imported above, so that both share one OpenMP runtime.
     from moco_fast import _C  # type: ignore[attr-defined, no-redef]
@@ -107,8 +107,8 @@ def _info_nce_bf16(
             if need_dq:
                 weighted.addmm_(tile, rows)
     _C.info_nce_finish(
-        top.data_ptr(), total.data_ptr(), cosine_sum.data_ptr(), pos.data_ptr(), weighted_ptr, q_hat.data_ptr(),
-        k_hat.data_ptr(), norm.data_ptr(), n, negatives, features, temperature,
+        top.data_ptr(), total.data_ptr(), cosine_sum.data_ptr(), pos.data_ptr(), weighted_ptr,
+        q_hat.data_ptr(), k_hat.data_ptr(), norm.data_ptr(), n, negatives, features, temperature,
         loss.data_ptr(), dq_ptr, neg.data_ptr(), threads,
     )  # fmt: skip
     return loss, dq, rank, pos, neg
@@ -117,7 +117,7 @@ def _info_nce_bf16(
 @contextmanager
 def _gemm_in_bf16() -> Iterator[None]:
     """Let oneDNN round the operands of fp32 matrix products to bf16, where the CPU has units for it."""
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
@@ -141,12 +141,11 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor)
             torch.get_num_threads(),
         )
     rest = [pair for pair in pairs if not _one_stretch(*pair)]
-    if rest:
-        reference.ema_update_(*zip(*rest, strict=True), m)
+    reference.ema_update_([target for target, _ in rest], [source for _, source in rest], m)
 
 
 def _one_stretch(target: Tensor, source: Tensor) -> bool:
-    """Whether both tensors fill one stretch of memory in the same order, in dtypes that have a kernel together."""
+    """Whether both tensors fill one stretch of memory in the same order, in dtypes that share a kernel."""
     if (target.dtype == torch.float64) != (source.dtype == torch.float64):
         return False
     if target.is_contiguous() and source.is_contiguous():

@@ -24,7 +24,9 @@ class SplitBatchNorm(_BatchNorm):
         ValueError: in training, a batch that ``splits`` does not divide.
     """
 
-    def __init__(self, num_features: int, splits: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+    def __init__(
+        self, num_features: int, splits: int, eps: float = 1e-5, momentum: float | None = 0.1
+    ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.splits = checks.count("bn_splits", splits)
 
@@ -43,7 +45,9 @@ class SplitBatchNorm(_BatchNorm):
         means, variances = [], []
         for part in x.chunk(self.splits):
             mean, var = self._running_copies()
-            parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, True, self._factor(), self.eps))
+            parts.append(
+                F.batch_norm(part, mean, var, self.weight, self.bias, True, self._factor(), self.eps)
+            )
             means.append(mean)
             variances.append(var)
         self._store(means, variances)
@@ -55,7 +59,8 @@ class SplitBatchNorm(_BatchNorm):
     def _factor(self) -> float:
         if self.momentum is not None:
             return self.momentum
-        return 1.0 / float(self.num_batches_tracked + 1)  # momentum=None: cumulative average
+        # momentum=None asks for the cumulative average
+        return 0.0 if self.num_batches_tracked is None else 1.0 / (int(self.num_batches_tracked) + 1)
 
     def _running_copies(self) -> tuple[Tensor | None, Tensor | None]:
         if self.running_mean is None or self.running_var is None:
@@ -72,7 +77,7 @@ class SplitBatchNorm(_BatchNorm):
 
 
 def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
-    """Replace every batch norm in ``module`` by a :class:`SplitBatchNorm`, keeping names, weights and buffers."""
+    """Replace every batch norm in ``module`` by a :class:`SplitBatchNorm` of the same parameters."""
     if isinstance(module, _BatchNorm):
         new = SplitBatchNorm(module.num_features, splits, module.eps, module.momentum)
         # The same tensors, not copies: an optimizer or a tie made earlier stays valid.

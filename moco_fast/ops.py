@@ -100,7 +100,9 @@ def ema_update_(
     checks.ema_update(targets, sources)
     if isinstance(m, Tensor):
         if m.ndim != 0 or not m.dtype.is_floating_point:
-            raise TypeError(f"m must be a number or a 0-d floating-point tensor, got {m.dtype} {tuple(m.shape)}")
+            raise TypeError(
+                f"m must be a number or a 0-d floating-point tensor, got {m.dtype} {tuple(m.shape)}"
+            )
     else:
         m = torch.tensor(checks.momentum(m), dtype=torch.float64)
     if targets:

@@ -20,8 +20,12 @@ def backend(request):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start():
+    """Every test starts from one seed, and hands on the number of threads it found."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_terminal_summary(terminalreporter):

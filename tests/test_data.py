@@ -1,6 +1,7 @@
 """Datasets, decoding and the loader. Nothing touches the network: the downloader and apt are replaced."""
 
 import gzip
+import signal
 import struct
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from moco_fast.data.datasets import load_dataset
 from moco_fast.data.decode import decode
 from moco_fast.data.folder import FolderImages
 from moco_fast.data.images import ImageSet, MemoryImages
-from moco_fast.data.loader import BatchLoader
+from moco_fast.data.loader import BatchLoader, _interrupts_held
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -280,8 +281,8 @@ def test_linked_folders_are_read_once(tmp_path):
 def pixels_of(path: Path, canvas: int = 8) -> torch.Tensor:
     result = decode(str(path), canvas)
     assert not isinstance(result, str), result
-    assert result[0].shape == (3, canvas, canvas) and result[0].dtype == torch.uint8
-    return result[0]
+    assert result[0].shape == (3, canvas, canvas) and result[0].dtype == np.uint8
+    return torch.from_numpy(result[0])
 
 
 @pytest.mark.parametrize(
@@ -348,9 +349,9 @@ def test_exif_orientation(orientation, suffix, tmp_path):
     with Image.open(path) as opened:
         expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB").resize((8, 8)))
     pixels, aspect = decode(str(path), 8)
-    difference = pixels.permute(1, 2, 0).int() - torch.from_numpy(expected.astype(np.int32))
+    difference = pixels.transpose(1, 2, 0).astype(int) - expected.astype(int)
     # The middle rows and columns mix neighbours; corners tell the orientation.
-    assert difference[[0, 0, -1, -1], [0, -1, 0, -1]].abs().max() <= 6
+    assert np.abs(difference[[0, 0, -1, -1], [0, -1, 0, -1]]).max() <= 6
     assert aspect == (0.5 if orientation >= 5 else 2.0)
 
 
@@ -359,7 +360,7 @@ def test_exif_orientation(orientation, suffix, tmp_path):
 def test_tiny_huge_and_narrow_images(size, suffix, tmp_path):
     path = write_image(tmp_path / f"a.{suffix}", (120, 120, 120), size=size)
     pixels, aspect = decode(str(path), 16)
-    assert (pixels.int() - 120).abs().max() <= 1 and aspect == size[0] / size[1]
+    assert np.abs(pixels.astype(int) - 120).max() <= 1 and aspect == size[0] / size[1]
 
 
 def test_shrinking_is_antialiased(tmp_path):
@@ -466,6 +467,15 @@ def test_large_folders_are_streamed(tmp_path, monkeypatch):
     assert not dataset.train.images.in_memory and "decoded by the loader" in dataset.note
     batch = next(BatchLoader(dataset.train, 4, 0, workers=1).batches(0))
     assert batch.images.shape == (4, 3, 8, 8) and batch.aspect.tolist() == [2.0] * 4
+
+
+def test_ctrl_c_while_workers_start_waits_and_is_not_lost():
+    handler = signal.getsignal(signal.SIGINT)
+    finished = False
+    with pytest.raises(KeyboardInterrupt), _interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        finished = True
+    assert finished and signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ def test_dtypes(backend, dtype, source_dtype):
         torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-15, atol=2e-7)
 
 
-@pytest.mark.parametrize("m", [torch.tensor(0.99), torch.tensor(0.99, dtype=torch.float64)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    "m", [torch.tensor(0.99), torch.tensor(0.99, dtype=torch.float64)], ids=["fp32", "fp64"]
+)
 def test_tensor_momentum(backend, m):
     targets, sources = pairs()
     want = [t.double() * 0.99 + s.double() * 0.01 for t, s in zip(targets, sources, strict=True)]
@@ -50,7 +52,11 @@ def test_tensor_momentum(backend, m):
 def test_any_memory_layout(backend):
     """Channels-last weights, transposes, and slices whose gaps must not be touched."""
     base = torch.randn(6, 20)
-    targets = [torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last), torch.randn(7, 4).t(), base[:, ::2]]
+    targets = [
+        torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(7, 4).t(),
+        base[:, ::2],
+    ]
     sources = [torch.randn(8, 3, 5, 5), torch.randn(4, 7), torch.randn(6, 10)]
     want = [t * 0.9 + s * (1 - 0.9) for t, s in zip(targets, sources, strict=True)]
     gaps = base[:, 1::2].clone()
@@ -104,7 +110,13 @@ def test_empty_list(backend):
         ([torch.zeros(3)], [torch.zeros(3, device="meta")], 0.9, ValueError, r"sources\[0\] is on meta"),
         ([torch.zeros(3, dtype=torch.int32)], [torch.zeros(3)], 0.9, TypeError, r"targets\[0\].*int32"),
         ([torch.zeros(3), 4], [torch.zeros(3)] * 2, 0.9, TypeError, r"targets\[1\] must be a torch.Tensor"),
-        ([torch.zeros(3, requires_grad=True)], [torch.zeros(3)], 0.9, ValueError, r"targets\[0\] requires grad"),
+        (
+            [torch.zeros(3, requires_grad=True)],
+            [torch.zeros(3)],
+            0.9,
+            ValueError,
+            r"targets\[0\] requires grad",
+        ),
         ([torch.zeros(3)], [torch.ones(3)], 1.5, ValueError, r"m must be in \[0, 1\], got 1.5"),
         ([torch.zeros(3)], [torch.ones(3)], -0.1, ValueError, r"m must be in \[0, 1\], got -0.1"),
         ([torch.zeros(3)], [torch.ones(3)], float("nan"), ValueError, "m must be in .*nan"),

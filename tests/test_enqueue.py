@@ -46,7 +46,10 @@ def test_column_storage_and_gaps(backend):
 
 def test_key_queue_module(backend):
     queue = moco_fast.KeyQueue(8, 20)
-    assert [(n, tuple(b.shape)) for n, b in queue.state_dict().items()] == [("queue", (8, 20)), ("queue_ptr", (1,))]
+    assert [(n, tuple(b.shape)) for n, b in queue.state_dict().items()] == [
+        ("queue", (8, 20)),
+        ("queue_ptr", (1,)),
+    ]
     assert queue.rows.is_contiguous() and queue.rows.data_ptr() == queue.queue.data_ptr()
     queue.enqueue_(torch.randn(15, 8))
     queue.enqueue_(torch.randn(15, 8))

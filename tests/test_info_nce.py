@@ -96,7 +96,7 @@ def test_temperatures(backend, temperature):
 
 
 def test_tiny_losses_keep_their_digits(backend):
-    """A positive at 1 and negatives at -1: the loss is log1p(K e^{-2/T}), far below fp32 epsilon times logits."""
+    """Positive at 1, negatives at -1: the loss is log1p(K e^{-2/T}), far below the logits' rounding."""
     q = F.normalize(torch.randn(3, 16), dim=1)
     queue = -q[:1].expand(50, 16).contiguous()
     rows, dq, _ = fused(q[:1], q[:1], queue, 0.1)
@@ -141,7 +141,11 @@ def test_non_contiguous_views(backend):
     want = fused(q, k, queue, 0.07)
     wide = torch.full((6, 66), float("nan"))
     wide[:, ::2] = q
-    for views in [(wide[:, ::2], k, queue), (q, k.t().contiguous().t(), queue), (q, k, queue.t().contiguous().t())]:
+    for views in [
+        (wide[:, ::2], k, queue),
+        (q, k.t().contiguous().t(), queue),
+        (q, k, queue.t().contiguous().t()),
+    ]:
         got = fused(*views, 0.07)
         assert torch.allclose(got[0], want[0], rtol=1e-6) and torch.allclose(got[1], want[1], atol=1e-7)
 
@@ -229,7 +233,11 @@ def bad(**changes):
         ({"k": torch.zeros(4, 8).half()}, TypeError, "k must have the dtype of q.*float16"),
         ({"k": torch.zeros(4, 8, device="meta")}, ValueError, "k is on meta, but q is on cpu"),
         ({"k": torch.zeros(4, 8, requires_grad=True)}, ValueError, "k requires grad.*detach"),
-        ({"queue": torch.zeros(8, 10)}, ValueError, r"queue must have shape \(K, 8\).*\(8, 10\): pass queue.t\(\)"),
+        (
+            {"queue": torch.zeros(8, 10)},
+            ValueError,
+            r"queue must have shape \(K, 8\).*\(8, 10\): pass queue.t\(\)",
+        ),
         ({"queue": torch.zeros(0, 8)}, ValueError, "queue must hold at least one row"),
         ({"queue": torch.zeros(10, 8, requires_grad=True)}, ValueError, "queue requires grad"),
         ({"temperature": 0}, ValueError, "temperature must be finite and above 0, got 0"),

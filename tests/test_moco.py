@@ -73,7 +73,9 @@ def test_twenty_steps_equal_the_official_semantics(backend, mlp, loss_of, batch)
     expected = want_model.state_dict()
     assert list(model.state_dict()) == list(expected)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert model.queue_ptr.item() == 20 * batch % 64
 
 
@@ -85,7 +87,9 @@ def test_one_seed_one_initial_state(mlp):
         assert torch.equal(want[name], got[name]), name
 
 
-@pytest.mark.parametrize(("mlp", "entries", "parameters"), [(False, 642, 322), (True, 646, 326)], ids=["v1", "v2"])
+@pytest.mark.parametrize(
+    ("mlp", "entries", "parameters"), [(False, 642, 322), (True, 646, 326)], ids=["v1", "v2"]
+)
 def test_resnet50_state_dict(mlp, entries, parameters):
     model = moco_fast.MoCo(torchvision.models.resnet50, 128, 256, 0.999, 0.2, mlp)
     state = model.state_dict()
@@ -93,7 +97,9 @@ def test_resnet50_state_dict(mlp, entries, parameters):
     assert list(state)[:3] == ["queue", "queue_ptr", "encoder_q.conv1.weight"]
     assert state["queue"].shape == (128, 256) and state["queue"].dtype == torch.float32
     assert state["queue_ptr"].shape == (1,) and state["queue_ptr"].dtype == torch.int64
-    head = {n: tuple(t.shape) for n, t in state.items() if n.startswith("encoder_q.fc") and n.endswith("weight")}
+    head = {
+        n: tuple(t.shape) for n, t in state.items() if n.startswith("encoder_q.fc") and n.endswith("weight")
+    }
     want = {"encoder_q.fc.0.weight": (2048, 2048), "encoder_q.fc.2.weight": (128, 2048)}
     assert head == (want if mlp else {"encoder_q.fc.weight": (128, 2048)})
     assert not any(p.requires_grad for p in model.encoder_k.parameters())
@@ -229,7 +235,7 @@ def test_bf16_autocast():
     ((im_q, im_k),) = views()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(im_q, im_k)
-        logits, labels = copy.deepcopy(model)(im_q, im_k)
+        logits, _ = copy.deepcopy(model)(im_q, im_k)
     loss.backward()
     assert loss.dtype == torch.float32 and logits.shape == (12, 65)
     assert all(torch.isfinite(p.grad).all() for p in model.encoder_q.parameters())
@@ -256,7 +262,9 @@ def test_bad_constructor_arguments(options, error, message):
 def test_bad_encoders():
     with pytest.raises(TypeError, match="base_encoder must be callable"):
         moco_fast.MoCo("resnet50")
-    with pytest.raises(ValueError, match="must have a linear head named fc, head, classifier, heads; Sequential"):
+    with pytest.raises(
+        ValueError, match="must have a linear head named fc, head, classifier, heads; Sequential"
+    ):
         moco_fast.MoCo(lambda num_classes: nn.Sequential(nn.Linear(3, num_classes)), 16, 32)
     with pytest.raises(ValueError, match="must return 16 features, its head has 10"):
         moco_fast.MoCo(lambda num_classes: TinyNet(), 16, 32)

@@ -66,8 +66,8 @@ class FolderImages:
         Raises:
             RuntimeError: not one file of the folder can be decoded.
         """
-        images = torch.empty(len(indices), 3, self.canvas, self.canvas, dtype=torch.uint8)
-        aspect = torch.empty(len(indices))
+        images = np.empty((len(indices), 3, self.canvas, self.canvas), dtype=np.uint8)
+        aspect = np.empty(len(indices), dtype=np.float32)
         served, broken = indices.clone(), []
         for row, index in enumerate(indices.tolist()):
             for step in range(len(self)):
@@ -80,7 +80,7 @@ class FolderImages:
                 raise RuntimeError(f"no image can be decoded any more; {self.name_of(index)}: {broken[0][1]}")
             images[row], aspect[row] = result
             served[row] = at
-        return Fetched(images, aspect, served, tuple(broken))
+        return Fetched(torch.from_numpy(images), torch.from_numpy(aspect), served, tuple(broken))
 
 
 def load_folder(
@@ -233,8 +233,8 @@ def _hold_out(files: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _decode_once(images: FolderImages, labels: Tensor | None, log: Log) -> ImageSet:
     """Decode every file into memory, leaving out the broken ones."""
-    pixels = torch.empty(len(images), 3, images.canvas, images.canvas, dtype=torch.uint8)
-    aspect = torch.empty(len(images))
+    pixels = np.empty((len(images), 3, images.canvas, images.canvas), dtype=np.uint8)
+    aspect = np.empty(len(images), dtype=np.float32)
 
     def load(index: int) -> str | None:
         result = decode(images.name_of(index), images.canvas)
@@ -246,10 +246,10 @@ def _decode_once(images: FolderImages, labels: Tensor | None, log: Log) -> Image
     reasons = _parallel(load, range(len(images)), "Decoding")
     _report([(images.name_of(i), why) for i, why in enumerate(reasons) if why], log)
     if any(reasons):
-        keep = torch.tensor([why is None for why in reasons])
+        keep = np.array([why is None for why in reasons])
         pixels, aspect = pixels[keep], aspect[keep]
-        labels = None if labels is None else labels[keep]
-    return ImageSet(MemoryImages(pixels, aspect), labels)
+        labels = None if labels is None else labels[torch.from_numpy(keep)]
+    return ImageSet(MemoryImages(torch.from_numpy(pixels), torch.from_numpy(aspect)), labels)
 
 
 def _parallel(work: Callable[[T], R], items: Sequence[T], what: str) -> list[R]:

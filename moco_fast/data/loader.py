@@ -7,8 +7,10 @@ resumes at step s of an epoch sees exactly the batches that it had not seen.
 from __future__ import annotations
 
 import signal
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,8 +132,8 @@ class BatchLoader:
                 images, aspect = images.pin_memory(), None if aspect is None else aspect.pin_memory()
             yield Batch(images, aspect, indices)
 
-    def _from_workers(self, requests: Sequence[Tensor] | Tensor) -> Iterable[Fetched]:
-        return DataLoader(
+    def _from_workers(self, requests: Sequence[Tensor] | Tensor) -> Iterator[Fetched]:
+        loader = DataLoader(
             _Requests(self.source),
             sampler=requests,  # type: ignore[arg-type]  # anything sized will do; an item is a whole batch
             batch_size=None,
@@ -142,6 +144,8 @@ class BatchLoader:
             # Its own generator: the default one is global, and drawing from it would change the run.
             generator=torch.Generator(),
         )
+        with _interrupts_held():
+            return iter(loader)
 
 
 class _Requests(TorchDataset[Fetched]):
@@ -159,6 +163,29 @@ class _Requests(TorchDataset[Fetched]):
 
 def _as_is(fetched: Any) -> Any:
     return fetched
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block is over.
+
+    Starting workers forks, and Python drops an exception that is raised in a fork callback: a key
+    pressed in that moment would be lost.
+    """
+    # Only the main thread may set handlers; without a Python handler there is no exception to lose.
+    if threading.current_thread() is not threading.main_thread() or not callable(
+        previous := signal.getsignal(signal.SIGINT)
+    ):
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _leave_interrupts_to_parent(_: int) -> None:

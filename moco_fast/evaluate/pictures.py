@@ -102,9 +102,9 @@ def plot_neighbours(
     for x, text in ((left, "query"), (first, "nearest neighbours" if k > 1 else "nearest")):
         figure.text(x / width, 1 - 0.2 / height, text, fontsize=8.5, color=INK, weight="bold")
     if labelled and k >= 4:  # room for a key beside the heading
-        for inches, colour, text in ((0.92, GREEN, "same class"), (0.14, RED, "other class")):
+        for inches, key_colour, text in ((0.92, GREEN, "same class"), (0.14, RED, "other class")):
             at = (1 - inches / width, 1 - 0.2 / height)
-            figure.text(*at, text, fontsize=7.5, color=colour, weight="bold", ha="right")
+            figure.text(*at, text, fontsize=7.5, color=key_colour, weight="bold", ha="right")
     for row in range(count):
         y = top + row * (cell + pad + below)
         show(queries[row], left, y, None)

@@ -77,7 +77,9 @@ class MoCo(KeyQueue):
         head = heads.head_path(encoder_q)
         width = encoder_q.get_submodule(head).out_features
         if width != dim:
-            raise ValueError(f"base_encoder(num_classes={dim}) must return {dim} features, its head has {width}")
+            raise ValueError(
+                f"base_encoder(num_classes={dim}) must return {dim} features, its head has {width}"
+            )
         if mlp:
             heads.insert_mlp(encoder_q, head)
             heads.insert_mlp(encoder_k, head)

@@ -4,6 +4,10 @@ ImageNet's stem (7x7, stride 2, max-pool) leaves a 28-pixel image 7 pixels wide 
 block. Here the stem is one 3x3 convolution and the stages decide where to reduce. Names are
 torchvision's (``conv1``, ``bn1``, ``layer1.0.conv1``, ..., ``fc``), so whatever reads a ResNet
 checkpoint, replaces ``fc`` by a projection head or drops it for a linear probe works unchanged.
+
+One layer is extra: the pooled features pass a batch norm without weights (``pool_norm``). Averages of
+ReLU outputs are all positive, so fresh features of any two images have a cosine near one, and a short
+run spends its time spreading them. Centred, the contrast starts at once.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ class SmallResNet(nn.Module):
             first = BasicBlock(channels, out, stride, shortcut)
             self.add_module(name, nn.Sequential(first, *(BasicBlock(out, out) for _ in range(count - 1))))
             channels = out
+        self.pool_norm = nn.BatchNorm1d(channels, affine=False)
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -61,11 +66,11 @@ class SmallResNet(nn.Module):
         self,
         x: Tensor,  # (N, in_channels, H, W)
     ) -> Tensor:
-        """Pooled features before ``fc``, (N, width * 2**(stages - 1))."""
+        """Pooled, centred features before ``fc``, (N, width * 2**(stages - 1))."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         for name in self.stages:
             x = getattr(self, name)(x)
-        return x.mean((2, 3))
+        return self.pool_norm(x.mean((2, 3)))
 
     def forward(
         self,
@@ -77,9 +82,9 @@ class SmallResNet(nn.Module):
 
 def small_resnet(
     num_classes: int = 128,
-    width: int = 32,
-    blocks: Sequence[int] = (1, 1, 1),
-    strides: Sequence[int] = (1, 2, 2),
+    width: int = 16,
+    blocks: Sequence[int] = (1, 1, 1, 1),
+    strides: Sequence[int] = (1, 2, 2, 2),
     stem_stride: int = 2,
     in_channels: int = 1,
 ) -> SmallResNet:

@@ -1,0 +1,57 @@
+"""What ``moco-fast doctor`` reports: versions, what was built and why, what serves which op."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from moco_fast import backends, native
+from moco_fast._version import __version__
+
+OPTIONAL = ("torchvision", "triton", "rich", "tyro", "tensorboard", "matplotlib", "scikit-learn")
+
+
+def report() -> Iterator[tuple[str, str]]:
+    """Rows of (what, state)."""
+    yield "moco_fast", __version__
+    yield "Python", f"{sys.version.split()[0]} on {platform.platform()}"
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"
+    for name in OPTIONAL:
+        yield name, _version(name)
+    yield from _native()
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            yield f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+    else:
+        yield "GPU", "none that torch can use"
+    forced = backends.forced()
+    yield "backend", f"forced: {forced}" if forced else "chosen per op"
+    for op in ("info_nce", "ema_update_", "enqueue_"):
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            reason = native.cannot_serve(op, (torch.empty(0, device=device),))
+            yield f"{op} on {device}", "native" if reason is None else f"reference, because native: {reason}"
+
+
+def _native() -> Iterator[tuple[str, str]]:
+    info = native.build_info()
+    if reason := native.unavailable():
+        yield "native kernels", f"not built: {reason}"
+        return
+    compiled = native._C
+    assert compiled is not None
+    yield "native kernels", f"built with {info.get('compiler', 'an unknown compiler')}"
+    yield "CPU instructions", f"{compiled.isa()} in use; this CPU runs {', '.join(compiled.isas())}"
+    yield "bf16 matrix units", "yes" if native.has_bf16_units() else "no: precision='medium' runs in fp32"
+    yield "native CUDA", "built" if compiled.has_cuda else f"not built: {info.get('why') or 'no nvcc'}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Pretraining: configuration, loop, checkpoints, and what is shown and recorded."""

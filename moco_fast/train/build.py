@@ -1,0 +1,62 @@
+"""From a config and a dataset to the model that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from moco_fast.data.images import Dataset
+from moco_fast.models.backbones import SMALL_RESNET, backbone
+from moco_fast.models.moco import MoCo
+from moco_fast.train.config import PretrainConfig
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def build_model(config: PretrainConfig, channels: int) -> MoCo:
+    """The model of a recipe, freshly initialised from ``config.seed``."""
+    torch.manual_seed(config.seed)
+    return MoCo(
+        backbone(config.arch, width=config.width, in_channels=channels),
+        config.dim,
+        config.queue_size,
+        config.momentum,
+        config.temperature,
+        config.mlp,
+        bn_splits=config.bn_splits,
+    )
+
+
+def input_channels(config: PretrainConfig, dataset: Dataset) -> int:
+    """Channels that the encoder sees: the dataset's, but torchvision's models always take three."""
+    return dataset.channels if config.arch == SMALL_RESNET else 3
+
+
+def fit_to_dataset(config: PretrainConfig, dataset: Dataset, log: Callable[[str], object]) -> PretrainConfig:
+    """Adapt a recipe to a dataset too small for it, saying so: a fallback to 1,437 digits must still train.
+
+    A queue beyond half the images would hold keys of the very images in the batch as negatives,
+    many times over; a batch has to fit into the queue.
+    """
+    count = len(dataset.train)
+    queue_size = min(config.queue_size, max(1, count // 2))
+    batch_size = min(config.batch_size, queue_size)
+    batch_size -= batch_size % config.bn_splits
+    if (queue_size, batch_size) == (config.queue_size, config.batch_size):
+        return config
+    log(
+        f"{dataset.name} has {count:,} training images: queue_size {config.queue_size} -> {queue_size}, "
+        f"batch_size {config.batch_size} -> {batch_size}."
+    )
+    return replace(config, queue_size=queue_size, batch_size=batch_size)
+
+
+def channel_statistics(dataset: Dataset, channels: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that views are normalised with: ImageNet's, or a grey dataset's own."""
+    if dataset.channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    sample = torch.arange(min(len(dataset.train), 10_000))
+    pixels = dataset.train.images.fetch(sample).images.float() / 255
+    return [pixels.mean().item()] * channels, [pixels.std().item()] * channels

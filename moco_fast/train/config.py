@@ -1,0 +1,137 @@
+"""What a pretraining run is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moco_fast import checks
+from moco_fast.data.augment import AugmentConfig
+
+_COUNTS = (
+    "epochs", "batch_size", "width", "dim", "queue_size", "bn_splits",
+    "log_every", "checkpoint_every", "knn_k", "knn_bank", "knn_queries",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Every choice of a pretraining run; a preset is one of these.
+
+    Raises:
+        TypeError, ValueError: a value out of range, named.
+    """
+
+    data: str = "fashion-mnist"
+    """"fashion-mnist", "digits", or a directory of images."""
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 256
+    """Images per step."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    arch: str = "small_resnet"
+    """"small_resnet" or the name of a torchvision model, such as "resnet50"."""
+    width: int = 32
+    """Channels of the first stage; "small_resnet" only."""
+    dim: int = 128
+    """Features of the embedding."""
+    queue_size: int = 4096
+    """K, the number of negatives."""
+    momentum: float = 0.99
+    """m, of the key encoder."""
+    temperature: float = 0.1
+    """T, of the loss."""
+    mlp: bool = True
+    """Projection MLP (v2) instead of a linear layer (v1)."""
+    bn_splits: int = 1
+    """Batch-norm statistics over this many parts of a shuffled batch, as on that many devices."""
+
+    lr: float = 0.06
+    """Learning rate at its peak."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Half a cosine per step, or a tenth at every milestone."""
+    milestones: tuple[int, ...] = (120, 160)
+    """Epochs at which the step schedule divides by ten."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up."""
+    sgd_momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """L2 penalty on every parameter."""
+    bf16: bool = False
+    """Run the encoders under bf16 autocast."""
+
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """The random views."""
+    canvas: float = 2.0
+    """Side of the squares that a directory's images are reduced to, over the side of a view."""
+
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    workers: int = 2
+    """Processes that decode a directory's images."""
+
+    log_every: int = 10
+    """Steps between records, and between checks that the loss is finite."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is also written at the end, on SIGTERM and on Ctrl-C."""
+    knn_every: int = 0
+    """Steps between kNN measurements; 0 spreads four over the run."""
+    knn_k: int = 20
+    """Neighbours that vote."""
+    knn_bank: int = 20_000
+    """Training images that vote, at most."""
+    knn_queries: int = 2_000
+    """Test images per measurement during training, at most; the last table uses all of them."""
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            checks.count(name, getattr(self, name))
+        for name in ("seed", "threads", "workers", "knn_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        if self.width % 8:  # oneDNN's gradient of narrower strided 1x1 convolutions differs from run to run
+            raise ValueError(f"width must be a multiple of 8, got {self.width}")
+        checks.momentum(self.momentum, "momentum")
+        checks.momentum(self.sgd_momentum, "sgd_momentum")
+        checks.temperature(self.temperature)
+        for name, lowest in (("lr", 0.0), ("weight_decay", 0.0), ("warmup_epochs", 0.0), ("canvas", 1.0)):
+            value = checks.number(name, getattr(self, name))
+            if not (math.isfinite(value) and value >= lowest):
+                raise ValueError(f"{name} must be finite and at least {lowest:g}, got {value!r}")
+        checks.one_of("schedule", self.schedule, ("cosine", "step"))
+        if self.batch_size > self.queue_size:
+            raise ValueError(
+                f"batch_size must be at most queue_size={self.queue_size}, got {self.batch_size}: "
+                "a batch replaces that many keys"
+            )
+        if self.batch_size % self.bn_splits:
+            raise ValueError(f"bn_splits={self.bn_splits} must divide batch_size={self.batch_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for a checkpoint or JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PretrainConfig:
+        """The inverse of :meth:`to_dict`; lists may stand for tuples.
+
+        Raises:
+            ValueError: names that are no field.
+        """
+        augment = AugmentConfig(**_fields(AugmentConfig, values.get("augment", {})))
+        return cls(**(_fields(cls, values) | {"augment": augment}))
+
+
+def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - names):
+        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it was written by another version")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

@@ -1,0 +1,75 @@
+"""What a run shows while it goes: a progress bar in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from moco_fast.extras import extra
+
+QUIET_SECONDS = 15.0  # between lines, where there is no terminal
+
+
+class Display:
+    """Progress of a run.
+
+    Args:
+        console: a rich Console.
+        total: steps of the whole run.
+        done: steps that a resumed run has behind it.
+        chance: loss of guessing, log(K + 1).
+    """
+
+    def __init__(self, console: Any, total: int, done: int, chance: float) -> None:
+        progress = extra("rich.progress")
+        self._console, self._total, self._chance = console, total, chance
+        self._first, self._began, self._last_line = done, time.monotonic(), 0.0
+        self._bar = progress.Progress(
+            progress.TextColumn("[bold]{task.description}"),
+            progress.BarColumn(bar_width=None),
+            progress.TextColumn("{task.completed}/{task.total}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(elapsed_when_finished=False),
+            progress.TextColumn("\n{task.fields[status]}", markup=False),
+            console=console,
+            # A bar redrawn into a file is noise; lines are printed there instead.
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("pretraining", total=total, completed=done, status="")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to a step."""
+        self._bar.update(self._task, completed=step)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Show the latest record."""
+        status = (
+            f"loss {values['loss']:.3f} (chance {self._chance:.2f})  "
+            f"similarity: positive {values['pos_sim']:.3f}, negative {values['neg_sim']:+.3f}  "
+            f"queue {values['queue_fill']:.0%} full  {values['images_per_s']:,.0f} images/s  "
+            f"waiting for data {values['data_wait']:.0%}"
+        )
+        self._bar.update(self._task, status=status)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line > QUIET_SECONDS or step == self._total):
+            self._last_line = now
+            left = (now - self._began) / max(1, step - self._first) * (self._total - step)
+            self._console.print(f"step {step}/{self._total}  {status}  {_clock(left)} left", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,56 @@
+"""What a run writes down while it goes: metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moco_fast.extras import extra
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Recorder:
+    """Appends one JSON object per record, and the same numbers to TensorBoard.
+
+    Args:
+        folder: the run folder.
+        step: records after this step, left by a run that died past its last checkpoint, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        path = folder / METRICS_FILE
+        kept = (
+            [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            if path.exists()
+            else []
+        )
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept))
+        os.replace(aside, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        tensorboard = extra("torch.utils.tensorboard")
+        self._board = tensorboard.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
+
+    def write(self, step: int, **values: Any) -> None:
+        """Record values of a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a line; infinite for one that a crash cut short, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

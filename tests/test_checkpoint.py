@@ -1,0 +1,112 @@
+"""Checkpoints survive any death of the process, and foreign or damaged files are refused with a reason."""
+
+import os
+import pickle
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moco_fast.train import checkpoint
+
+
+def whole(number):
+    # Below torch's grain size for threads, whose pool does not survive the fork of the test below.
+    state = {f"module.{i}": torch.full((30_000,), float(number)) for i in range(8)}
+    return {"epoch": number, "arch": "x", "state_dict": state, "optimizer": {}, "moco_fast": {"step": number}}
+
+
+def test_kill_9_while_writing_leaves_a_whole_file(tmp_path):
+    """Forty processes killed at random moments of endless saving: the file is always whole, and moves on."""
+    path = tmp_path / checkpoint.FILE_NAME
+    checkpoint.write_atomic(path, whole(0))
+    seen = set()
+    for trial in range(40):
+        start = checkpoint.read(path)["epoch"]
+        child = os.fork()
+        if child == 0:
+            try:
+                for number in range(start + 1, 1_000_000):
+                    checkpoint.write_atomic(path, whole(number))
+            finally:
+                os._exit(1)
+        time.sleep(0.01 + 0.04 * random.Random(trial).random())
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        loaded = checkpoint.read(tmp_path)
+        number = loaded["epoch"]
+        assert loaded["moco_fast"]["step"] == number >= start
+        assert all((tensor == number).all() for tensor in loaded["state_dict"].values())
+        seen.add(number)
+    assert len(seen) > 10  # they did write
+
+
+def test_failed_write_keeps_the_last_good_file(tmp_path):
+    path = tmp_path / "c.pth"
+    checkpoint.write_atomic(path, whole(1))
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        checkpoint.write_atomic(path, whole(2) | {"x": lambda: None})
+    assert checkpoint.read(path)["epoch"] == 1
+
+
+def test_random_state_round_trip(tmp_path):
+    path = tmp_path / "c.pth"
+    checkpoint.write_atomic(path, whole(1) | {"moco_fast": checkpoint.random_state()})
+
+    def draw():
+        return torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(2).tolist()  # noqa: NPY002
+
+    want = draw()
+    draw()
+    checkpoint.set_random_state(checkpoint.read(path)["moco_fast"])
+    assert draw() == want
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("evil-was-here",))
+
+
+def test_files_that_are_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = tmp_path / "good.pth"
+    checkpoint.write_atomic(good, whole(1))
+    data = good.read_bytes()
+    for length in (0, 1, 100, len(data) // 2, len(data) - 1):
+        (tmp_path / "cut.pth").write_bytes(data[:length])
+        with pytest.raises(
+            checkpoint.CheckpointError, match=r"cut.pth is truncated or no checkpoint|weights_only"
+        ):
+            checkpoint.read("cut.pth")
+    (tmp_path / "text.pth").write_text("hello\n")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"text.pth .*expected a file of torch.save with the keys"
+    ):
+        checkpoint.read("text.pth")
+    torch.save([1, 2], "list.pth")
+    with pytest.raises(checkpoint.CheckpointError, match=r"list.pth holds a list; expected"):
+        checkpoint.read("list.pth")
+    torch.save({"epoch": 3, "arch": "resnet50", "state_dict": {}, "optimizer": {}}, "official.pth")
+    with pytest.raises(checkpoint.CheckpointError, match=r"official.pth lacks moco_fast.*it has epoch, arch"):
+        checkpoint.read("official.pth")
+    torch.save(whole(1) | {"x": Evil()}, "evil.pth")
+    with pytest.raises(checkpoint.CheckpointError, match=r"evil.pth cannot be loaded with weights_only=True"):
+        checkpoint.read("evil.pth")
+    assert not (tmp_path / "evil-was-here").exists()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent"):
+        checkpoint.read("absent")
+
+
+def test_another_model_is_refused_before_anything_changes():
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    state = {"module.weight": torch.zeros(2, 4), "module.extra": torch.zeros(1)}
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.load_model(model, {"state_dict": state})
+    for part in ("missing bias", "unexpected extra", "weight is (2, 4), expected (2, 3)"):
+        assert part in str(error.value)
+    assert torch.equal(model.weight, before)

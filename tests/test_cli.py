@@ -1,0 +1,106 @@
+"""The command line, as its users type it."""
+
+import re
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import pytest
+
+from moco_fast import commands
+from moco_fast.cli import main
+from moco_fast.train import checkpoint
+from moco_fast.train.presets import PRESETS
+
+TINY = ["pretrain", "--data", "digits", "--epochs", "1", "--width", "8", "--dim", "16", "--knn-bank", "200"]
+TINY += ["--threads", "1"]  # faster at this size
+
+
+def test_pretrain_then_knn_then_resume(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert main([*TINY, "--out", folder]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"trained +│ +\d+\.\d+%", out) and "Checkpoint and pictures" in out
+    step = checkpoint.read(folder)["moco_fast"]["step"]
+
+    assert main(["knn", folder, "--bank", "200"]) == 0
+    out = capsys.readouterr().out
+    assert "200 images vote, 360 are asked" in out
+    rows = dict(re.findall(r"│ (raw pixels|random init|trained) +│ +([\d.]+)%", out))
+    want = checkpoint.read(folder)["moco_fast"]["accuracy"]
+    assert {name: float(value) for name, value in rows.items()} == {
+        n: round(100 * v, 2) for n, v in want.items()
+    }
+
+    assert main(["pretrain", "--resume", folder, "--epochs", "2"]) == 0
+    assert checkpoint.read(folder)["moco_fast"]["step"] == 2 * step
+    assert (
+        checkpoint.read(folder)["moco_fast"]["config"]["width"] == 8
+    )  # the run's own config, not the preset's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--data", "nowhere/at/all"], "nowhere/at/all"),
+        (
+            ["pretrain", "--data", "digits", "--arch", "resnet51"],
+            "arch 'resnet51' is unknown; close are: resnet",
+        ),
+        (["pretrain", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["pretrain", "--temperature", "nan"], "temperature must be finite and above 0, got nan"),
+        (["pretrain", "--resume", "no/run"], "no checkpoint at no/run"),
+        (["knn", "no/run"], "no checkpoint at no/run"),
+    ],
+)
+def test_faults_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("moco-fast: ") and message in err and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["pretrain", "--epoch", "3"], "--epochs"),
+        (["pretrain", "--augment.blurp", "3"], "--augment.blur-p"),
+        (["pretrain", "--preset", "cifar"], "fashion-mnist"),
+        (["pretrian"], "pretrain"),
+    ],
+)
+def test_unknown_options_say_what_is_close(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert hint in captured.out + captured.err
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert "moco-fast pretrain --data photos/ --epochs 50" in out and "moco-fast doctor" in out
+
+
+def test_preset_choices_are_the_presets():
+    choice = get_type_hints(commands.Pretrain)["preset"]
+    assert get_args(get_args(choice)[0]) == tuple(PRESETS)
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for row in ("native kernels", "CPU instructions", "info_nce on cpu", "GPU", "torchvision"):
+        assert row in out
+
+
+def test_missing_extra_is_named():
+    """Without tyro the command says what to install."""
+    program = (
+        "import sys; sys.modules['tyro'] = None; from moco_fast.cli import main; sys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install moco_fast[train]" in done.stderr

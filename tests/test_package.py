@@ -1,0 +1,116 @@
+"""The package as a whole: what importing costs, which way imports go, and forcing a backend."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moco_fast
+from moco_fast import native
+
+ROOT = Path(moco_fast.__file__).parent
+
+# Lowest first; a module may import from its own row and from rows above it. First match wins.
+LAYERS = [
+    ("_version", "checks", "extras", "reference"),
+    ("native",),
+    ("backends",),
+    ("ops", "doctor"),
+    ("queue", "norm", "distributed"),
+    ("models", "data"),
+    ("evaluate",),
+    ("train",),
+    ("commands",),
+    ("cli",),
+]
+
+
+def layer(module):
+    name = module.split(".")[1] if "." in module else ""
+    return next((i for i, names in enumerate(LAYERS) if name in names), None)
+
+
+def test_imports_only_go_down():
+    seen = 0
+    for path in ROOT.rglob("*.py"):
+        module = ".".join(["moco_fast", *path.relative_to(ROOT).with_suffix("").parts])
+        if path.name == "__init__.py":
+            continue
+        own = layer(module)
+        assert own is not None, f"{module} is in no layer"
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moco_fast"):
+                names = [node.module] if "." in node.module else [f"moco_fast.{a.name}" for a in node.names]
+            for name in names:
+                if name in ("moco_fast._C", "moco_fast.__version__"):
+                    continue
+                assert layer(name) is not None and layer(name) <= own, (
+                    f"{module} imports {name}, which is above it"
+                )
+                seen += 1
+    assert seen > 40
+
+
+def python(program, **environment):
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_needs_torch_alone():
+    loaded = python(
+        "import sys, torch; before = set(sys.modules); import moco_fast\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    ).split()
+    assert not {"torchvision", "triton", "rich", "tyro", "matplotlib", "sklearn", "PIL", "tensorboard"} & set(
+        loaded
+    )
+
+
+def test_kernels_folder_is_not_a_package(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT.parent))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    if (ROOT.parent / "kernels" / "__init__.py").exists():  # a checkout; an installed wheel has none
+        with pytest.raises(ImportError, match=r"import moco_fast\.kernels"):
+            import kernels  # noqa: F401
+    import moco_fast.kernels  # noqa: F401
+
+
+def test_native_module_is_there_if_the_build_said_so():
+    """A compiled module that fails to import must not pass for a machine without a compiler."""
+    if native.build_info().get("native"):
+        assert native.unavailable() is None
+    else:
+        assert native.unavailable()
+
+
+def test_forcing_a_backend():
+    q = torch.randn(2, 4)
+    queue = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
+    with (
+        pytest.raises(ValueError, match="backend must be one of 'native', 'reference', got 'fast'"),
+        moco_fast.use_backend("fast"),
+    ):
+        pass
+    if native.unavailable() is None:
+        with moco_fast.use_backend("native"), pytest.raises(RuntimeError, match=r"no torch.float64 kernel"):
+            moco_fast.info_nce(q.double(), q.double(), queue.double())
+    with moco_fast.use_backend("reference"):
+        want = moco_fast.info_nce(q, q, queue)
+    assert torch.allclose(moco_fast.info_nce(q, q, queue), want, rtol=1e-5)
+
+
+def test_backend_from_the_environment():
+    program = "from moco_fast import backends; print(backends.forced())"
+    assert python(program, MOCO_FAST_BACKEND="reference") == "reference"
+    assert python(program, MOCO_FAST_BACKEND="") == "None"
+    with pytest.raises(AssertionError, match="MOCO_FAST_BACKEND must be one of"):
+        python(program, MOCO_FAST_BACKEND="quick")

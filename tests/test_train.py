@@ -1,0 +1,300 @@
+"""The trainer: resuming bit for bit, ending cleanly, refusing NaN, and what a run folder holds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import moco_fast
+from moco_fast.data.augment import AugmentConfig
+from moco_fast.train import checkpoint
+from moco_fast.train.config import PretrainConfig
+from moco_fast.train.display import Display
+from moco_fast.train.loop import NonFiniteLossError, pretrain
+from moco_fast.train.presets import PRESETS, moved_to, preset_for
+from moco_fast.train.schedule import learning_rate
+
+TINY = PretrainConfig(
+    data="digits", epochs=2, batch_size=256, width=8, dim=16, queue_size=512, bn_splits=2, log_every=1,
+    checkpoint_every=3, knn_every=4, knn_bank=200, knn_queries=50, augment=AugmentConfig(image_size=8),
+    threads=1,
+)  # fmt: skip
+STEPS = 10  # 1,437 digits in batches of 256, twice
+TIMED = {"images_per_s", "data_wait"}
+
+
+def run(folder, config=TINY, **options):
+    return pretrain(config, folder, console=Console(quiet=True), **options)
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, run(folder)
+
+
+def assert_same_run(folder, other, after=0):
+    """Bitwise: the metrics of every step after one, weights, queue, optimizer and generator."""
+    rows = [[row for row in metrics(path) if row["step"] > after] for path in (folder, other)]
+    assert rows[0] == rows[1]
+    a, b = checkpoint.read(folder), checkpoint.read(other)
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name
+    for index, state in a["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
+    assert torch.equal(a["moco_fast"]["views"], b["moco_fast"]["views"])
+
+
+def test_run_folder(unbroken):
+    folder, outcome = unbroken
+    assert outcome.step == STEPS and outcome.interrupted is None
+    assert list(outcome.accuracy) == ["raw pixels", "random init", "trained"]
+    assert all(0 < value <= 1 for value in outcome.accuracy.values())
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "checkpoint.pth", "config.json", "metrics.jsonl", "tensorboard", "curves.png", "neighbours.png"
+    }  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("dataset").startswith("scikit-learn")
+    assert PretrainConfig.from_dict(config) == TINY
+
+    rows = metrics(folder)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "knn" in row] == [4, 8, STEPS]
+    for row in rows:
+        if "loss" in row:
+            assert row["chance_loss"] == pytest.approx(np.log(513))
+            assert -1 <= row["neg_sim"] <= 1 and -1 <= row["pos_sim"] <= 1 and 0 <= row["acc1"] <= 1
+    fills = [row["queue_fill"] for row in rows if "loss" in row]
+    assert fills[:3] == [0.5, 1.0, 1.0]
+    for picture in ("curves.png", "neighbours.png"):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 10
+
+
+def test_checkpoint_is_official(unbroken):
+    """The keys, names and order that official scripts read, and nothing that needs pickle."""
+    folder, _ = unbroken
+    saved = torch.load(folder / "checkpoint.pth", weights_only=True)
+    assert list(saved)[:4] == ["epoch", "arch", "state_dict", "optimizer"]
+    assert saved["epoch"] == 2 and saved["arch"] == "small_resnet"
+    names = list(saved["state_dict"])
+    assert names[:2] == ["module.queue", "module.queue_ptr"]
+    assert {
+        "module.encoder_q.fc.0.weight",
+        "module.encoder_q.fc.2.bias",
+        "module.encoder_k.conv1.weight",
+    } <= set(names)
+    assert saved["state_dict"]["module.queue"].shape == (16, 512)
+    assert saved["state_dict"]["module.queue_ptr"].item() == STEPS * 256 % 512
+    frozen_too = len(saved["optimizer"]["param_groups"][0]["params"])
+    assert frozen_too == sum(1 for n in names if n.endswith(("weight", "bias")))
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 7])
+def test_stop_and_resume_is_bit_equal(unbroken, tmp_path, monkeypatch, stop_at):
+    advance = Display.advance
+
+    def advance_and_stop(self, step):
+        advance(self, step)
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "advance", advance_and_stop)
+        stopped = run(tmp_path / "run")
+    assert stopped.interrupted == signal.SIGTERM and stopped.step == stop_at
+    assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == stop_at
+    torch.manual_seed(999)  # whatever happened to the generators in between
+    np.random.seed(999)  # noqa: NPY002
+    assert run(tmp_path / "run", resume=True).step == STEPS
+    assert_same_run(tmp_path / "run", unbroken[0])
+
+
+def test_resume_drops_records_past_the_checkpoint(unbroken, tmp_path, monkeypatch):
+    """A run that dies without a word at step 8 goes on from its checkpoint of step 6."""
+    advance = Display.advance
+
+    def die(self, step):
+        advance(self, step)
+        if step == 9:
+            raise MemoryError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Display, "advance", die)
+        run(tmp_path / "run")
+    assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == 6
+    assert max(row["step"] for row in metrics(tmp_path / "run")) == 8
+    run(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", unbroken[0])
+
+
+def test_resume_of_a_finished_run_changes_nothing(unbroken):
+    folder, outcome = unbroken
+    before = metrics(folder)
+    again = run(folder, resume=True)
+    assert again.accuracy == outcome.accuracy and again.step == STEPS
+    assert metrics(folder) == before
+
+
+def test_handlers_are_restored(unbroken):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
+def test_killed_process_resumes_to_the_same_end(unbroken, tmp_path, number):
+    """A real process, killed as soon as it has a checkpoint; then resumed to the end."""
+    folder = tmp_path / "run"
+    program = (
+        "import sys; from pathlib import Path; from rich.console import Console; sys.path.insert(0, 'tests')\n"
+        "from test_train import TINY, pretrain\n"
+        "end = pretrain(TINY, Path(sys.argv[1]), resume=len(sys.argv) > 2, console=Console())\n"
+        "sys.exit(128 + end.interrupted if end.interrupted else 0)"
+    )
+    command = [sys.executable, "-c", program, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint.pth").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    if process.returncode != 0:  # it may have reached the end before the signal did
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), output
+    done = checkpoint.read(folder)["moco_fast"]["step"]
+    assert done >= 3
+    assert f"saved step {done}" in output or number == signal.SIGKILL or process.returncode == 0
+    assert subprocess.run([*command, "resume"], capture_output=True, timeout=240).returncode == 0
+    assert_same_run(folder, unbroken[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_loss_names_the_step_and_keeps_the_checkpoint(unbroken, tmp_path, monkeypatch, bad):
+    loss_of = moco_fast.MoCo.loss
+    calls = []
+
+    def poisoned(self, *views, **options):
+        loss, stats = loss_of(self, *views, **options)
+        calls.append(1)
+        return (loss * bad if len(calls) == 5 else loss), stats
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(NonFiniteLossError, match=r"step 5 .*lr too high.*last good"),
+    ):
+        patch.setattr(moco_fast.MoCo, "loss", poisoned)
+        run(tmp_path / "run", replace(TINY, log_every=4))  # noticed at the record of step 8, named as 5
+    assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == 3
+    run(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", unbroken[0], after=3)
+
+
+def test_non_finite_weights_are_not_saved(tmp_path, monkeypatch):
+    step_of = torch.optim.SGD.step
+    calls = []
+
+    def poison_last(self):
+        step_of(self)
+        calls.append(1)
+        if len(calls) == 6:  # after the loss of step 6 was computed, and just before its checkpoint
+            self.param_groups[0]["params"][0].data[0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", poison_last)
+    with pytest.raises(NonFiniteLossError, match=r"step 6 \(weights: encoder_q.conv1.weight must be finite"):
+        run(tmp_path)
+    assert checkpoint.read(tmp_path)["moco_fast"]["step"] == 3
+
+
+def test_existing_run_is_not_overwritten(unbroken):
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        run(unbroken[0])
+
+
+def test_bf16_autocast_learns(tmp_path):
+    outcome = run(tmp_path, replace(TINY, bf16=True, epochs=1))
+    assert outcome.step == 5 and all(np.isfinite(row["loss"]) for row in metrics(tmp_path) if "loss" in row)
+
+
+def test_folder_without_labels(tmp_path):
+    """Ten grey and colour pictures of odd sizes: trains without kNN, says why, and draws neighbours."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        shape = (20 + 7 * i, 30, 3) if i % 2 else (33, 20 + 5 * i)
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / "photos" / f"{i}.png")
+    console = Console(record=True, width=200)
+    config = replace(TINY, data=str(tmp_path / "photos"), epochs=2, bn_splits=1)
+    outcome = pretrain(config, tmp_path / "run", console=console)
+    text = console.export_text()
+    assert outcome.accuracy == {} and "No kNN accuracy: the images have no class labels" in text
+    assert "queue_size 512 -> 5, batch_size 256 -> 5" in text
+    assert outcome.step == 4 and (tmp_path / "run" / "neighbours.png").exists()
+
+
+def test_fallback_to_digits_brings_its_recipe(tmp_path, monkeypatch):
+    from moco_fast.data import datasets
+
+    monkeypatch.setattr(datasets.fashion_mnist, "find", lambda log: None)
+    monkeypatch.setattr(datasets.fashion_mnist, "fetch", lambda log: None)
+    config = replace(PRESETS["fashion-mnist"], epochs=1, width=8)
+    run(tmp_path, config)
+    used = checkpoint.read(tmp_path)["moco_fast"]["config"]
+    assert used["data"] == "digits" and used["augment"]["image_size"] == 8
+    assert used["epochs"] == 1 and used["width"] == 8
+
+
+def test_presets():
+    for name, config in PRESETS.items():
+        assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config, name
+    assert preset_for("digits") == "digits" and preset_for("some/photos") == "folder"
+    moved = moved_to(replace(PRESETS["fashion-mnist"], lr=0.5), "digits")
+    assert moved == replace(PRESETS["digits"], lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (55, 0.5), (99, 0.5 * (1 + np.cos(np.pi * 89 / 90)))],
+)
+def test_cosine_schedule(step, rate):
+    config = replace(TINY, lr=1.0, epochs=10, warmup_epochs=1.0)
+    assert learning_rate(config, step, 10) == pytest.approx(rate)
+
+
+def test_step_schedule():
+    config = replace(TINY, lr=1.0, epochs=10, schedule="step", milestones=(3, 6))
+    assert [learning_rate(config, s, 10) for s in (0, 29, 30, 59, 60)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": float("nan")}, "lr must be finite"),
+        ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0"),
+        ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+        ({"batch_size": 1024}, "batch_size must be at most queue_size=512, got 1024"),
+        ({"bn_splits": 3}, "bn_splits=3 must divide batch_size=256"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"schedule": "linear"}, "schedule must be one of 'cosine', 'step', got 'linear'"),
+    ],
+)
+def test_bad_config(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        replace(TINY, **changes)
