@@ -161,8 +161,8 @@ def test_killed_process_resumes_to_the_same_end(unbroken, tmp_path, number):
     """A real process, killed as soon as it has a checkpoint; then resumed to the end."""
     folder = tmp_path / "run"
     program = (
-        "import sys; from pathlib import Path; from rich.console import Console; sys.path.insert(0, 'tests')\n"
-        "from test_train import TINY, pretrain\n"
+        "import sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "from test_train import TINY, Console, pretrain\n"
         "end = pretrain(TINY, Path(sys.argv[1]), resume=len(sys.argv) > 2, console=Console())\n"
         "sys.exit(128 + end.interrupted if end.interrupted else 0)"
     )
