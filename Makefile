@@ -9,7 +9,7 @@ pretrain: $(VENV)/train.stamp
 	$(BIN)/moco-fast pretrain $(ARGS)
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ void write_row(Slot* slot, const Key* key, int64_t features) {
 template <class Slot, class Key>
 void write_rows(const Enqueue& a) {
     // Below this many values one thread is done before the others wake.
-    constexpr int64_t kParallelValues = 16384;
+    constexpr int64_t kParallelValues = 1 << 20;
 #pragma omp parallel for num_threads(std::max(1, a.threads)) \
     schedule(static) if (a.n * a.features > kParallelValues)
     for (int64_t i = 0; i < a.n; ++i) {

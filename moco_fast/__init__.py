@@ -1,12 +1,19 @@
 """Fused kernels, a drop-in model and a trainer for MoCo self-supervised pretraining."""
 
-from moco_fast import checks
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from moco_fast._version import __version__
-from moco_fast.backends import use_backend
-from moco_fast.models.moco import MoCo
-from moco_fast.norm import SplitBatchNorm
-from moco_fast.ops import InfoNCEStats, ema_update_, enqueue_, info_nce
-from moco_fast.queue import KeyQueue
+
+if TYPE_CHECKING:
+    from moco_fast import checks
+    from moco_fast.backends import use_backend
+    from moco_fast.models.moco import MoCo
+    from moco_fast.norm import SplitBatchNorm
+    from moco_fast.ops import InfoNCEStats, ema_update_, enqueue_, info_nce
+    from moco_fast.queue import KeyQueue
 
 __all__ = [
     "InfoNCEStats",
@@ -20,3 +27,29 @@ __all__ = [
     "info_nce",
     "use_backend",
 ]
+
+# Imported when first used: the command line has to set OpenMP's policy before anything imports torch.
+_HOME = {
+    "InfoNCEStats": "ops",
+    "KeyQueue": "queue",
+    "MoCo": "models.moco",
+    "SplitBatchNorm": "norm",
+    "ema_update_": "ops",
+    "enqueue_": "ops",
+    "info_nce": "ops",
+    "use_backend": "backends",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "checks":
+        return importlib.import_module("moco_fast.checks")
+    if name not in _HOME:
+        raise AttributeError(f"module 'moco_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"moco_fast.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

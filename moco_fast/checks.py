@@ -126,24 +126,38 @@ def ema_update(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         raise ValueError(
             f"sources must pair up with targets: got {len(sources)} sources, {len(targets)} targets"
         )
+    # Hundreds of tensors every step: messages are only made for a pair that has a fault.
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        for name, value in ((f"targets[{i}]", target), (f"sources[{i}]", source)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-            if not value.dtype.is_floating_point:
-                raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
-        if target.shape != source.shape:
-            raise ValueError(
-                f"sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, "
-                f"got {tuple(source.shape)}"
-            )
-        same_device("targets[0]", targets[0], f"targets[{i}]", target)
-        same_device(f"targets[{i}]", target, f"sources[{i}]", source)
-        if target.requires_grad:
-            raise ValueError(
-                f"targets[{i}] requires grad, but the EMA overwrites it in place: "
-                "call requires_grad_(False) on the key encoder's parameters"
-            )
+        if not (
+            isinstance(target, Tensor)
+            and isinstance(source, Tensor)
+            and target.is_floating_point()
+            and source.is_floating_point()
+            and target.shape == source.shape
+            and target.device == source.device == targets[0].device
+            and not target.requires_grad
+        ):
+            _explain_pair(i, targets[0], target, source)
+
+
+def _explain_pair(i: int, first: Tensor, target: object, source: object) -> None:
+    for name, value in ((f"targets[{i}]", target), (f"sources[{i}]", source)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    assert isinstance(target, Tensor) and isinstance(source, Tensor)
+    if target.shape != source.shape:
+        raise ValueError(
+            f"sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, "
+            f"got {tuple(source.shape)}"
+        )
+    same_device("targets[0]", first, f"targets[{i}]", target)
+    same_device(f"targets[{i}]", target, f"sources[{i}]", source)
+    raise ValueError(
+        f"targets[{i}] requires grad, but the EMA overwrites it in place: "
+        "call requires_grad_(False) on the key encoder's parameters"
+    )
 
 
 def finite(**tensors: Tensor) -> None:

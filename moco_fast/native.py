@@ -21,7 +21,8 @@ except ImportError as error:
     _C = None
     _import_error = str(error)
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+FLOAT64 = 3  # mixes with no other dtype
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: FLOAT64}
 
 # Queue rows per tile of the bf16 path: 2 MB of similarities at N = 256, and products large enough for oneDNN.
 BF16_TILE = 2048
@@ -128,26 +129,20 @@ def _gemm_in_bf16() -> Iterator[None]:
 
 def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor) -> None:
     """See :func:`moco_fast.reference.ema_update_`."""
-    pairs = list(zip(targets, sources, strict=True))
-    fused = [pair for pair in pairs if _one_stretch(*pair)]
-    if fused:
-        _C.ema_update(
-            [target.data_ptr() for target, _ in fused],
-            [source.data_ptr() for _, source in fused],
-            [target.numel() for target, _ in fused],
-            [DTYPES[target.dtype] for target, _ in fused],
-            [DTYPES[source.dtype] for _, source in fused],
-            float(m),
-            torch.get_num_threads(),
-        )
-    rest = [pair for pair in pairs if not _one_stretch(*pair)]
+    table, rest = [], []
+    for target, source in zip(targets, sources, strict=True):
+        target_dtype, source_dtype = DTYPES[target.dtype], DTYPES[source.dtype]
+        if _one_stretch(target, source) and (target_dtype == FLOAT64) == (source_dtype == FLOAT64):
+            table.append((target.data_ptr(), source.data_ptr(), target.numel(), target_dtype, source_dtype))
+        else:
+            rest.append((target, source))
+    if table:
+        _C.ema_update(*zip(*table, strict=True), float(m), torch.get_num_threads())
     reference.ema_update_([target for target, _ in rest], [source for _, source in rest], m)
 
 
 def _one_stretch(target: Tensor, source: Tensor) -> bool:
-    """Whether both tensors fill one stretch of memory in the same order, in dtypes that share a kernel."""
-    if (target.dtype == torch.float64) != (source.dtype == torch.float64):
-        return False
+    """Whether both tensors fill one stretch of memory, in the same order."""
     if target.is_contiguous() and source.is_contiguous():
         return True
     return (

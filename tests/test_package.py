@@ -114,3 +114,16 @@ def test_backend_from_the_environment():
     assert python(program, MOCO_FAST_BACKEND="") == "None"
     with pytest.raises(AssertionError, match="MOCO_FAST_BACKEND must be one of"):
         python(program, MOCO_FAST_BACKEND="quick")
+
+
+def test_public_names():
+    for name in moco_fast.__all__:
+        assert getattr(moco_fast, name) is not None
+    assert set(moco_fast.__all__) <= set(dir(moco_fast))
+    with pytest.raises(AttributeError, match="module 'moco_fast' has no attribute 'nothing'"):
+        _ = moco_fast.nothing
+
+
+def test_command_sets_the_openmp_policy_before_torch():
+    program = "import sys, moco_fast.cli; print('torch' in sys.modules)"
+    assert python(program) == "False"

@@ -15,10 +15,14 @@ _COUNTS = (
     "log_every", "checkpoint_every", "knn_k", "knn_bank", "knn_queries",
 )  # fmt: skip
 
+_VIEWS = AugmentConfig(
+    image_size=28, crop_scale=(0.4, 1.0), jitter=(0.4, 0.4, 0.0, 0.0), gray_p=0.0, blur_p=0.0
+)
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Every choice of a pretraining run; a preset is one of these.
+    """Every choice of a pretraining run; a preset is one of these. The defaults are the Fashion-MNIST recipe.
 
     Raises:
         TypeError, ValueError: a value out of range, named.
@@ -26,46 +30,46 @@ class PretrainConfig:
 
     data: str = "fashion-mnist"
     """"fashion-mnist", "digits", or a directory of images."""
-    epochs: int = 10
+    epochs: int = 8
     """Passes over the training images."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Images per step."""
     seed: int = 0
     """Seed of everything random."""
 
     arch: str = "small_resnet"
     """"small_resnet" or the name of a torchvision model, such as "resnet50"."""
-    width: int = 32
+    width: int = 16
     """Channels of the first stage; "small_resnet" only."""
-    dim: int = 128
+    dim: int = 64
     """Features of the embedding."""
     queue_size: int = 4096
     """K, the number of negatives."""
     momentum: float = 0.99
     """m, of the key encoder."""
-    temperature: float = 0.1
+    temperature: float = 0.2
     """T, of the loss."""
     mlp: bool = True
     """Projection MLP (v2) instead of a linear layer (v1)."""
     bn_splits: int = 1
     """Batch-norm statistics over this many parts of a shuffled batch, as on that many devices."""
 
-    lr: float = 0.06
+    lr: float = 0.12
     """Learning rate at its peak."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Half a cosine per step, or a tenth at every milestone."""
     milestones: tuple[int, ...] = (120, 160)
     """Epochs at which the step schedule divides by ten."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = 0.2
     """Linear warm-up."""
     sgd_momentum: float = 0.9
     """Momentum of SGD."""
-    weight_decay: float = 1e-4
+    weight_decay: float = 5e-4
     """L2 penalty on every parameter."""
     bf16: bool = False
     """Run the encoders under bf16 autocast."""
 
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment: AugmentConfig = field(default=_VIEWS)
     """The random views."""
     canvas: float = 2.0
     """Side of the squares that a directory's images are reduced to, over the side of a view."""

@@ -11,14 +11,15 @@ _FASHION_MNIST = PretrainConfig()
 
 _IMAGENET_V1 = PretrainConfig(
     data="imagenet", epochs=200, batch_size=256, arch="resnet50", queue_size=65536, momentum=0.999,
-    temperature=0.07, mlp=False, lr=0.03, schedule="step", milestones=(120, 160),
+    temperature=0.07, dim=128, mlp=False, lr=0.03, schedule="step", milestones=(120, 160), weight_decay=1e-4,
+    warmup_epochs=0.0,
     augment=AugmentConfig(image_size=224, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, blur_p=0.0),
     bf16=True, workers=8, checkpoint_every=1000,
 )  # fmt: skip
 
 PRESETS: dict[str, PretrainConfig] = {
     "fashion-mnist": _FASHION_MNIST,
-    "fashion-mnist-long": replace(_FASHION_MNIST, epochs=40),
+    "fashion-mnist-long": replace(_FASHION_MNIST, epochs=32),
     "digits": replace(
         _FASHION_MNIST, data="digits", epochs=60, queue_size=1024, batch_size=128,
         augment=replace(_FASHION_MNIST.augment, image_size=8),

@@ -1,0 +1,56 @@
+"""``python -m bench``: measure every op, print the tables, write the JSON and the picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import report
+from bench.case import WrongResult
+from bench.collect import collect
+from bench.plot import plot
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmarks; a wrong result or a README without markers ends them with a message."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smoke run with tiny sizes")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="where to replace the table between the markers"
+    )
+    options = parser.parse_args(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 130  # of a log, where nothing limits a table
+    try:
+        if options.readme:  # before minutes of measuring, not after
+            report.check_readme(options.readme)
+        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=console) as progress:
+            figures = collect(options.quick, progress)
+    except (OSError, ValueError, WrongResult) as error:
+        raise SystemExit(f"python -m bench: {error}") from error
+
+    console.print(report.headline(figures), highlight=False)
+    for table in report.tables(figures):
+        console.print(table)
+    for note in figures["notes"]:
+        console.print(f"- {note}", highlight=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    base = options.out / figures["device"]["name"]
+    report.write_json(base.with_suffix(".json"), figures)
+    plot(base.with_suffix(".png"), figures)
+    console.print(f"wrote {base}.json and {base}.png")
+    if options.readme:
+        report.update_readme(options.readme, figures)
+        console.print(f"updated {options.readme}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What is compared: a case is one op at one size, a peer one way to compute it.
+
+A peer is checked against float64 before it is timed; one that is wrong is
+never timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moco_fast import native
+
+OURS = "moco_fast"  # the names of our own peers begin with it
+NATIVE, REFERENCE, OFFICIAL = f"{OURS} native", f"{OURS} reference", "official formula"
+
+
+class WrongResult(RuntimeError):
+    """A peer differs from float64 by more than rounding explains."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute the op of a case."""
+
+    run: Callable[[], object]  # the call that is timed
+    errors: Callable[[], dict[str, float]]  # runs it once more; relative errors against float64, by name
+    # The largest error that still counts as rounding; eager fp32 reaches 1.4e-5 on clustered features.
+    tolerance: float = 1e-4
+    product: str = "fp32"  # operands of its matrix products: which rate bounds it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size.
+
+    Attributes:
+        op: the public name of the op.
+        label: its sizes, for people.
+        peers: by name; :data:`OFFICIAL` is always there.
+        absent: peers that cannot run here, and why.
+        flops: floating-point operations of the formula, exponentials not counted.
+        bytes: the least it must move to and from memory.
+    """
+
+    op: str
+    label: str
+    peers: dict[str, Peer]
+    flops: float
+    bytes: float
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def check(self, name: str) -> dict[str, float]:
+        """Return the errors of a peer against float64.
+
+        Raises:
+            WrongResult: one of them is above the tolerance of the peer, or NaN.
+        """
+        peer = self.peers[name]
+        errors = peer.errors()
+        for what, error in errors.items():
+            if not error <= peer.tolerance:
+                raise WrongResult(
+                    f"{self.op}, {self.label}: {name} is wrong and was not timed: {what} {error:.1e} "
+                    f"against float64, expected at most {peer.tolerance:.0e}"
+                )
+        return errors
+
+
+def without_native() -> dict[str, str]:
+    """The native peer with the reason why it is absent; empty if it is there."""
+    reason = native.unavailable()
+    return {} if reason is None else {NATIVE: reason}
+
+
+def bind(run: Callable, errors: Callable[[Callable], dict[str, float]], *inputs: object, **options) -> Peer:
+    """A peer that times ``run(*inputs)`` and is judged by ``errors(run)``."""
+    return Peer(partial(run, *inputs), partial(errors, run), **options)
+
+
+def relative(
+    got: Tensor,  # any shape
+    want: Tensor,  # same shape, float64
+) -> float:
+    """``|got - want| / |want|`` in float64."""
+    return float(torch.linalg.vector_norm(got.double() - want) / torch.linalg.vector_norm(want))

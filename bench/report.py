@@ -1,0 +1,129 @@
+"""The figures as tables in the terminal, as JSON and as the table in the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def headline(report: dict) -> str:
+    """Where, with what and when, in one line."""
+    device, roof = report["device"], report["roofline"]
+    rates = ", ".join(f"{rate * 1e3:.0f} GFLOP/s {name}" for name, rate in roof["tflop_per_s"].items())
+    commit = f" ({device['commit']})" if device["commit"] else ""
+    return (
+        f"{device['cpu']}, {device['isa']}, {device['threads']} threads; "
+        f"copy {roof['copy_gb_per_s']:.1f} GB/s, torch.mm {rates}; "
+        f"moco_fast {device['moco_fast']}{commit}, torch {device['torch']}, Python {device['python']}; "
+        f"{device['date'][:10]}"
+    )
+
+
+def _columns(case: dict) -> list[str]:
+    return [
+        "",
+        "p20 / p50 / p80 ms",
+        "of fastest",
+        "vs official",
+        "extra MB",
+        "roofline",
+        *(f"{what} error{f' ({kinds})' if kinds else ''}" for what, kinds, _ in _errors(case["peers"][0])),
+    ]
+
+
+def _errors(peer: dict) -> list[tuple[str, str, str]]:
+    """Errors that differ only in the kind of input, "what, kind", side by side: (what, kinds, figures)."""
+    groups: dict[str, dict[str, float]] = {}
+    for key, error in peer["errors"].items():
+        what, _, kind = key.partition(", ")
+        groups.setdefault(what, {})[kind] = error
+    return [
+        (what, " / ".join(kinds).strip(), " / ".join(f"{error:.0e}" for error in kinds.values()))
+        for what, kinds in groups.items()
+    ]
+
+
+def _rows(case: dict) -> Iterator[tuple[dict, list[str]]]:
+    for peer in case["peers"]:
+        extra = peer["extra_memory_mb"]
+        yield (
+            peer,
+            [
+                peer["name"],
+                " / ".join(digits(peer[f"{p}_ms"]) for p in ("p20", "p50", "p80")),
+                f"{peer['times_fastest']:.2f}x",
+                f"{peer['speedup_over_official']:.2f}x",
+                "" if extra is None else "< 1" if extra < 1 else f"{extra:.0f}",
+                f"{peer['roofline_share']:.0%}",
+                *(figures for _, _, figures in _errors(peer)),
+            ],
+        )
+
+
+def digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def tables(report: dict) -> Iterator[Table]:
+    """One table per op and size, fastest first, ours in bold."""
+    for case in report["cases"]:
+        table = Table(
+            title=f"{case['op']}  {case['label']}  ({case['rounds']} rounds)",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
+        for i, column in enumerate(_columns(case)):
+            table.add_column(column, justify="right" if i else "left", no_wrap=i < 2)
+        for peer, cells in _rows(case):
+            table.add_row(*cells, style="bold green" if peer["ours"] else None)
+        yield table
+
+
+def markdown(report: dict) -> str:
+    """What belongs between the markers of the README."""
+    lines = [headline(report) + ".", ""]
+    for case in report["cases"]:
+        columns = _columns(case)
+        lines += [f"**`{case['op']}`**, {case['label']}:", "", "| " + " | ".join(columns) + " |"]
+        lines.append("|" + "|".join([":--", *["--:"] * (len(columns) - 1)]) + "|")
+        for peer, cells in _rows(case):
+            if peer["ours"]:
+                cells[0] = f"**{cells[0]}**"
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [f"- {note}" for note in report["notes"]]
+    return "\n".join(lines)
+
+
+def check_readme(path: Path) -> tuple[str, str]:
+    """Return what stands before and after the benchmark section of a README.
+
+    Raises:
+        ValueError: the markers are not there once each and in order.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"readme must hold {BEGIN} and, after it, {END}, once each; {path} does not")
+    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+
+
+def update_readme(path: Path, report: dict) -> None:
+    """Replace what stands between the markers of a README by the tables of a report.
+
+    Raises:
+        ValueError: the markers are not there once each and in order.
+    """
+    before, after = check_readme(path)
+    path.write_text(f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}", encoding="utf-8")
+
+
+def write_json(path: Path, report: dict) -> None:
+    """Write every figure."""
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
