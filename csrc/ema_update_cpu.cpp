@@ -61,16 +61,20 @@ void update(const Chunk& chunk, double m) {
 
 void ema_update(const std::vector<EmaPair>& pairs, double m, int threads) {
     std::vector<Chunk> chunks;
+    int64_t total = 0;
     for (const EmaPair& pair : pairs) {
         if (pair.size < 0) throw std::invalid_argument("ema_update: a tensor has a negative size");
         if ((pair.target_dtype == DType::f64) != (pair.source_dtype == DType::f64))
             throw std::invalid_argument("ema_update: float64 mixes with float64 only");
+        total += pair.size;
         for (int64_t at = 0; at < pair.size; at += kChunk)
             chunks.push_back({&pair, at, std::min(at + kChunk, pair.size)});
     }
     const int64_t count = int64_t(chunks.size());
-    // Waking threads costs more than one chunk.
-#pragma omp parallel for num_threads(std::max(1, threads)) schedule(dynamic, 8) if (count > 1)
+    // Below this many values one thread is done before the others wake, which on a busy machine takes
+    // milliseconds.
+    constexpr int64_t kParallelValues = 1 << 18;
+#pragma omp parallel for num_threads(std::max(1, threads)) schedule(dynamic, 8) if (total > kParallelValues)
     for (int64_t i = 0; i < count; ++i) update(chunks[i], m);
 }
 

@@ -126,21 +126,20 @@ def ema_update(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         raise ValueError(
             f"sources must pair up with targets: got {len(sources)} sources, {len(targets)} targets"
         )
-    # Hundreds of tensors every step: messages are only made for a pair that has a fault.
-    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        if not (
-            isinstance(target, Tensor)
-            and isinstance(source, Tensor)
-            and target.is_floating_point()
-            and source.is_floating_point()
-            and target.shape == source.shape
-            and target.device == source.device == targets[0].device
-            and not target.requires_grad
-        ):
-            _explain_pair(i, targets[0], target, source)
+    # Hundreds of tensors every step: the pairs are looked at one by one only if something is wrong.
+    both = [*targets, *sources]
+    if not (
+        all(isinstance(tensor, Tensor) for tensor in both)
+        and all(map(Tensor.is_floating_point, both))
+        and [target.shape for target in targets] == [source.shape for source in sources]
+        and len({tensor.device for tensor in both}) <= 1
+        and not any(target.requires_grad for target in targets)
+    ):
+        for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+            _check_pair(i, targets[0], target, source)
 
 
-def _explain_pair(i: int, first: Tensor, target: object, source: object) -> None:
+def _check_pair(i: int, first: Tensor, target: object, source: object) -> None:
     for name, value in ((f"targets[{i}]", target), (f"sources[{i}]", source)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -154,10 +153,11 @@ def _explain_pair(i: int, first: Tensor, target: object, source: object) -> None
         )
     same_device("targets[0]", first, f"targets[{i}]", target)
     same_device(f"targets[{i}]", target, f"sources[{i}]", source)
-    raise ValueError(
-        f"targets[{i}] requires grad, but the EMA overwrites it in place: "
-        "call requires_grad_(False) on the key encoder's parameters"
-    )
+    if target.requires_grad:
+        raise ValueError(
+            f"targets[{i}] requires grad, but the EMA overwrites it in place: "
+            "call requires_grad_(False) on the key encoder's parameters"
+        )
 
 
 def finite(**tensors: Tensor) -> None:

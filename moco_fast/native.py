@@ -21,8 +21,12 @@ except ImportError as error:
     _C = None
     _import_error = str(error)
 
-FLOAT64 = 3  # mixes with no other dtype
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: FLOAT64}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+# Dtypes of target and source that have a kernel together: float64 mixes with no other.
+EMA_DTYPES = {
+    (target, source) for target in range(4) for source in range(4) if (target == 3) == (source == 3)
+}
 
 # Queue rows per tile of the bf16 path: 2 MB of similarities at N = 256, and products large enough for oneDNN.
 BF16_TILE = 2048
@@ -131,9 +135,9 @@ def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor)
     """See :func:`moco_fast.reference.ema_update_`."""
     table, rest = [], []
     for target, source in zip(targets, sources, strict=True):
-        target_dtype, source_dtype = DTYPES[target.dtype], DTYPES[source.dtype]
-        if _one_stretch(target, source) and (target_dtype == FLOAT64) == (source_dtype == FLOAT64):
-            table.append((target.data_ptr(), source.data_ptr(), target.numel(), target_dtype, source_dtype))
+        dtypes = DTYPES.get(target.dtype), DTYPES.get(source.dtype)
+        if dtypes in EMA_DTYPES and _one_stretch(target, source):
+            table.append((target.data_ptr(), source.data_ptr(), target.numel(), *dtypes))
         else:
             rest.append((target, source))
     if table:

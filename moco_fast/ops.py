@@ -165,7 +165,8 @@ _info_nce.register_autograd(_scale_dq, setup_context=_save_dq)
 def _ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor) -> None:
     if m.device.type == "cpu":
         checks.momentum(m.item())
-    backends.choose("ema_update_", targets).ema_update_(targets, sources, m)
+    # One tensor decides: all share a device, and a backend leaves pairs of odd dtypes to the reference.
+    backends.choose("ema_update_", targets[:1]).ema_update_(targets, sources, m)
 
 
 @torch.library.custom_op("moco_fast::enqueue_", mutates_args=("queue", "ptr"))
