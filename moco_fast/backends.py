@@ -25,7 +25,7 @@ _forced: ContextVar[str | None] = ContextVar("moco_fast_backend", default=None)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for every op called in the block.
+    """Force one backend for every op that this thread calls in the block.
 
     Args:
         name: "native" or "reference".

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
@@ -51,18 +51,29 @@ class Pretrain:
 
     def run(self) -> int:
         """Returns the exit status."""
+        if self.resume and self.preset:
+            raise ValueError(
+                f"preset must be left out with --resume, which has its own config; got {self.preset}"
+            )
         if self.resume and self.out:
             raise ValueError(
                 f"out must be left out with --resume, which goes on in its own folder; got {self.out}"
             )
-        name = f"{Path(self.config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = self.resume or self.out or Path("runs") / name
+        config = self.config
+        folder = Path(config.data).expanduser()
+        if preset_for(config.data) == "folder" and folder.is_dir():
+            # Absolute, for a resumed run may start in another directory.
+            config = replace(config, data=str(folder.resolve()))
+        name = f"{Path(config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = self.resume or self.out or Path("runs") / name
+        if self.resume and self.resume.is_file():
+            out = self.resume.parent
         console = Console()
-        outcome = pretrain(self.config, folder, resume=self.resume is not None, console=console)
+        outcome = pretrain(config, out, resume=self.resume is not None, console=console)
         if outcome.interrupted:
             return 128 + outcome.interrupted  # as a shell reports a process that a signal ended
         if outcome.accuracy:
-            console.print(_accuracy_table(outcome.accuracy, self.config.knn_k))
+            console.print(_accuracy_table(outcome.accuracy, config.knn_k))
         console.print(f"Checkpoint and pictures (curves.png, neighbours.png) are in {outcome.folder}")
         return 0
 

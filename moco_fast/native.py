@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,11 @@ EMA_DTYPES = {
     (target, source) for target in range(4) for source in range(4) if (target == 3) == (source == 3)
 }
 
+FP32: Any = {"dtype": torch.float32, "device": "cpu"}
+
 # Queue rows per tile of the bf16 path: 2 MB of similarities at N = 256, and products large enough for oneDNN.
 BF16_TILE = 2048
+_bf16_lock = threading.Lock()
 
 
 def build_info() -> dict:
@@ -70,9 +74,10 @@ def info_nce(
     if precision == "medium" and has_bf16_units():
         return _info_nce_bf16(q, k, queue, temperature, need_dq)
     n, features = q.shape
-    loss, pos, neg = (torch.empty(n) for _ in range(3))
-    rank = torch.empty(n, dtype=torch.int64)
-    dq = torch.empty(n if need_dq else 0, features)
+    # Options are spelled out: torch's default dtype and device are the user's to change.
+    loss, pos, neg = (torch.empty(n, **FP32) for _ in range(3))
+    rank = torch.empty(n, dtype=torch.int64, device="cpu")
+    dq = torch.empty(n if need_dq else 0, features, **FP32)
     _C.info_nce(
         q.data_ptr(), k.data_ptr(), DTYPES[q.dtype], queue.data_ptr(), DTYPES[queue.dtype],
         n, queue.shape[0], features, temperature,
@@ -95,9 +100,9 @@ def _info_nce_bf16(
     negatives, threads = queue.shape[0], torch.get_num_threads()
     pos = (q_hat * k_hat).sum(dim=1)
     top = pos.clone()
-    total, cosine_sum, loss, neg = torch.zeros(n), torch.zeros(n), torch.empty(n), torch.empty(n)
-    rank = torch.zeros(n, dtype=torch.int64)
-    weighted = torch.zeros(n if need_dq else 0, features)
+    total, cosine_sum, loss, neg = (torch.zeros(n, **FP32) for _ in range(4))
+    rank = torch.zeros(n, dtype=torch.int64, device="cpu")
+    weighted = torch.zeros(n if need_dq else 0, features, **FP32)
     dq = torch.empty_like(weighted)
     weighted_ptr, dq_ptr = (weighted.data_ptr(), dq.data_ptr()) if need_dq else (0, 0)
 
@@ -121,14 +126,19 @@ def _info_nce_bf16(
 
 @contextmanager
 def _gemm_in_bf16() -> Iterator[None]:
-    """Let oneDNN round the operands of fp32 matrix products to bf16, where the CPU has units for it."""
+    """Let oneDNN round the operands of fp32 matrix products to bf16, where the CPU has units for it.
+
+    The setting is the process's: calls from several threads wait for each other, so that each restores
+    what it found.
+    """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with _bf16_lock:
+        before = settings.fp32_precision
+        settings.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor) -> None:

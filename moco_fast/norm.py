@@ -78,14 +78,23 @@ class SplitBatchNorm(_BatchNorm):
 
 def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
     """Replace every batch norm in ``module`` by a :class:`SplitBatchNorm` of the same parameters."""
-    if isinstance(module, _BatchNorm):
-        new = SplitBatchNorm(module.num_features, splits, module.eps, module.momentum)
-        # The same tensors, not copies: an optimizer or a tie made earlier stays valid.
-        new._parameters = module._parameters
-        new._buffers = module._buffers
-        new.affine, new.track_running_stats = module.affine, module.track_running_stats
-        new.training = module.training
-        return new
-    for name, child in module.named_children():
-        setattr(module, name, split_batchnorm(child, splits))
-    return module
+    replaced: dict[nn.Module, nn.Module] = {}  # a module used under two names stays one module
+
+    def convert(old: nn.Module) -> nn.Module:
+        if old not in replaced:
+            replaced[old] = _split(old, splits) if isinstance(old, _BatchNorm) else old
+            for name, child in old._modules.items():
+                if child is not None:
+                    old._modules[name] = convert(child)
+        return replaced[old]
+
+    return convert(module)
+
+
+def _split(old: _BatchNorm, splits: int) -> SplitBatchNorm:
+    new = SplitBatchNorm(old.num_features, splits, old.eps, old.momentum)
+    # The same tensors, not copies: an optimizer or a tie made earlier stays valid.
+    new._parameters, new._buffers = old._parameters, old._buffers
+    new.affine, new.track_running_stats = old.affine, old.track_running_stats
+    new.training = old.training
+    return new

@@ -49,11 +49,11 @@ def info_nce(
         precision: what the matrix products may round their operands to at most:
             "highest" fp32, "high" fp16 (on a CPU fp32), "medium" bf16. Sums are always fp32.
         reduction: "mean", "sum" or "none" over the queries.
-        return_stats: also return :class:`InfoNCEStats`.
+        return_stats: also return :class:`InfoNCEStats`, without gradient.
 
     Returns:
         The loss in fp32 (float64 for float64 inputs), a scalar, or (N,) for "none".
-        A non-finite row gives a non-finite loss.
+        A non-finite row gives a non-finite loss. It can be differentiated once; a second derivative raises.
 
     Raises:
         TypeError: not a floating-point tensor, or dtypes of q and k differ.
@@ -71,7 +71,7 @@ def info_nce(
     need_dq = q.requires_grad and torch.is_grad_enabled()
     rows, _, rank, pos, neg = _info_nce(q, k, queue, temperature, precision, need_dq)
     loss = rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
-    return (loss, InfoNCEStats(rank, pos, neg)) if return_stats else loss
+    return (loss, InfoNCEStats(rank, pos.detach(), neg.detach())) if return_stats else loss
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def ema_update_(
                 f"m must be a number or a 0-d floating-point tensor, got {m.dtype} {tuple(m.shape)}"
             )
     else:
-        m = torch.tensor(checks.momentum(m), dtype=torch.float64)
+        m = torch.tensor(checks.momentum(m), dtype=torch.float64, device="cpu")
     if targets:
         _ema_update_(targets, sources, m)
 
@@ -127,7 +127,8 @@ def enqueue_(
 
     Raises:
         TypeError: not floating-point tensors, or ptr is not int64 of shape (1,).
-        ValueError: widths or devices do not match, no keys, more keys than slots, queue requires grad.
+        ValueError: widths or devices do not match, no keys, more keys than slots, queue requires grad,
+            a ptr on the CPU outside [0, K).
     """
     _enqueue_(*checks.enqueue(queue, ptr, keys))
 
@@ -137,7 +138,8 @@ def _info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = backends.choose("info_nce", (q, k, queue))
-    return backend.info_nce(q, k, queue, temperature, precision, need_dq)
+    with torch.autocast(q.device.type, enabled=False):  # the op's own matrix products stay in fp32
+        return backend.info_nce(q, k, queue, temperature, precision, need_dq)
 
 
 @_info_nce.register_fake
@@ -148,14 +150,28 @@ def _(q, k, queue, temperature, precision, need_dq):
     return like, dq, q.new_empty((n,), dtype=torch.int64), torch.empty_like(like), torch.empty_like(like)
 
 
+class _DifferentiatedOnce(torch.autograd.Function):
+    """The identity on a gradient that depends on q in a way autograd does not know."""
+
+    @staticmethod
+    def forward(ctx, grad, q):
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("info_nce has no second derivative: its gradient was computed in the forward pass")
+
+
 def _save_dq(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(inputs[0], output[1])
 
 
 def _scale_dq(ctx, grad_loss, *_):
-    (dq,) = ctx.saved_tensors
-    return (grad_loss[:, None] * dq).to(ctx.dtype), None, None, None, None, None
+    q, dq = ctx.saved_tensors
+    grad = (grad_loss[:, None] * dq).to(q.dtype)
+    if torch.is_grad_enabled():  # create_graph=True
+        grad = _DifferentiatedOnce.apply(grad, q)
+    return grad, None, None, None, None, None
 
 
 _info_nce.register_autograd(_scale_dq, setup_context=_save_dq)
@@ -171,4 +187,8 @@ def _ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor
 
 @torch.library.custom_op("moco_fast::enqueue_", mutates_args=("queue", "ptr"))
 def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+    if ptr.device.type == "cpu" and not 0 <= ptr.item() < queue.shape[0]:
+        raise ValueError(f"ptr must be in [0, {queue.shape[0]}), got {ptr.item()}")
+    if keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
+        keys = keys.clone()  # rows of the queue itself, which would be overwritten while they are read
     backends.choose("enqueue_", (queue, keys)).enqueue_(queue, ptr, keys)

@@ -3,7 +3,9 @@
 import os
 import pickle
 import random
+import resource
 import signal
+import stat
 import time
 
 import numpy as np
@@ -51,6 +53,31 @@ def test_failed_write_keeps_the_last_good_file(tmp_path):
     with pytest.raises((AttributeError, pickle.PicklingError)):
         checkpoint.write_atomic(path, whole(2) | {"x": lambda: None})
     assert checkpoint.read(path)["epoch"] == 1
+
+
+def test_full_disk_is_an_error_that_leaves_no_debris(tmp_path):
+    path = tmp_path / "c.pth"
+    checkpoint.write_atomic(path, whole(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+        with pytest.raises(OSError, match=r"c.pth could not be written .*the one before is kept"):
+            checkpoint.write_atomic(path, whole(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoint.read(path)["epoch"] == 1 and [p.name for p in tmp_path.iterdir()] == ["c.pth"]
+
+
+def test_file_and_folder_are_flushed_before_and_after_the_rename(tmp_path, monkeypatch):
+    """What a kill cannot show, for the kernel keeps what was written: a power cut would lose it."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(stat.S_IFMT(os.fstat(fd).st_mode)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    checkpoint.write_atomic(tmp_path / "c.pth", whole(1))
+    assert calls == [stat.S_IFREG, "rename", stat.S_IFDIR]
 
 
 def test_random_state_round_trip(tmp_path):

@@ -6,6 +6,7 @@ import sys
 from typing import get_args, get_type_hints
 
 import pytest
+from PIL import Image
 
 from moco_fast import commands
 from moco_fast.cli import main
@@ -34,9 +35,26 @@ def test_pretrain_then_knn_then_resume(tmp_path, capsys):
 
     assert main(["pretrain", "--resume", folder, "--epochs", "2"]) == 0
     assert checkpoint.read(folder)["moco_fast"]["step"] == 2 * step
-    assert (
-        checkpoint.read(folder)["moco_fast"]["config"]["width"] == 8
-    )  # the run's own config, not the preset's
+    saved = checkpoint.read(folder)["moco_fast"]
+    assert saved["config"]["width"] == 8  # the run's own config, not the preset's
+    capsys.readouterr()
+    assert main(["knn", folder + "/checkpoint.pth", "--bank", "200"]) == 0
+    assert f"{saved['accuracy']['trained']:.2%}" in capsys.readouterr().out
+
+
+def test_a_directory_with_the_name_of_a_dataset(tmp_path, monkeypatch):
+    """``./digits`` is the directory, with the recipe of directories; the run remembers where it is."""
+    for label in "ab":
+        (tmp_path / "digits" / label).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (20, 20), (50 * i, 9, 9)).save(tmp_path / "digits" / label / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    small = ["--epochs", "1", "--width", "8", "--dim", "16", "--threads", "1"]
+    assert main(["pretrain", "--data", "./digits", "--out", "run", *small]) == 0
+    config = checkpoint.read("run")["moco_fast"]["config"]
+    assert config["augment"]["image_size"] == 64 and config["data"] == str(tmp_path / "digits")
+    monkeypatch.chdir("run")
+    assert main(["pretrain", "--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -51,6 +69,10 @@ def test_pretrain_then_knn_then_resume(tmp_path, capsys):
         (["pretrain", "--temperature", "nan"], "temperature must be finite and above 0, got nan"),
         (["pretrain", "--resume", "no/run"], "no checkpoint at no/run"),
         (["knn", "no/run"], "no checkpoint at no/run"),
+        (["pretrain", "--data", "digits", "--device", "foo"], "device 'foo' cannot be used"),
+        (["pretrain", "--data", "digits", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["pretrain", "--seed", "99999999999999999999999"], "seed must be below 2**63"),
+        (["pretrain", "--data", "fashion-mnst"], "did you mean fashion-mnist?"),
     ],
 )
 def test_faults_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

@@ -60,7 +60,11 @@ def worker(rank, folder):
     if rank == 1:
         model.queue_ptr.fill_(7)
     torch.manual_seed(100 + rank)
-    losses = train(DistributedDataParallel(model), slice(rank * BATCH, (rank + 1) * BATCH))
+    wrapped = DistributedDataParallel(model)
+    assert {"queue", "queue_ptr"} <= set(wrapped.parameters_to_ignore)
+    losses = train(wrapped, slice(rank * BATCH, (rank + 1) * BATCH))
+    with pytest.raises(RuntimeError, match=r"MoCo.loss bypasses DistributedDataParallel"):
+        model.loss(*next(batches()))
     torch.save((losses, model.state_dict(), copy.deepcopy(model).state_dict()), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -98,6 +98,19 @@ def test_opcheck_and_compile(backend):
         assert torch.equal(got, expected)
 
 
+def test_dtypes_without_a_kernel_go_to_the_reference(backend):
+    targets, source = [torch.zeros(3), torch.zeros(2)], torch.ones(2).to(torch.float8_e4m3fn)
+    moco_fast.ema_update_(targets, [torch.ones(3), source], 0.75)
+    assert targets[0].tolist() == [0.25] * 3 and targets[1].tolist() == [0.25] * 2
+
+
+def test_default_device_and_dtype_do_not_matter(backend):
+    target, source = torch.zeros(3), torch.ones(3)
+    with torch.device("meta"):
+        moco_fast.ema_update_([target], [source], 0.75)
+    assert target.tolist() == [0.25] * 3
+
+
 def test_empty_list(backend):
     moco_fast.ema_update_([], [], 0.9)
 

@@ -44,6 +44,22 @@ def test_column_storage_and_gaps(backend):
     assert base[:3, ::2].eq(0.5).all() and base[:, 1::2].eq(0).all() and base[3:].eq(0).all()
 
 
+def test_keys_may_be_rows_of_the_queue(backend):
+    queue = F.normalize(torch.randn(6, 4), dim=1)
+    want = queue.clone()
+    want[1:4] = want[0:3].clone()
+    moco_fast.enqueue_(queue, torch.tensor([1]), queue[0:3])
+    torch.testing.assert_close(queue, want)
+
+
+@pytest.mark.parametrize("position", [-1, 10, 25])
+def test_pointer_outside_the_queue(backend, position):
+    queue, ptr = torch.ones(10, 4), torch.tensor([position])
+    with pytest.raises(ValueError, match=rf"ptr must be in \[0, 10\), got {position}"):
+        moco_fast.enqueue_(queue, ptr, torch.zeros(2, 4))
+    assert (queue == 1).all() and ptr.item() == position
+
+
 def test_key_queue_module(backend):
     queue = moco_fast.KeyQueue(8, 20)
     assert [(n, tuple(b.shape)) for n, b in queue.state_dict().items()] == [

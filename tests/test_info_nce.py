@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import moco_fast
-from moco_fast import checks, ops
+from moco_fast import checks, native, ops
 
 SHAPES = [(1, 1, 1), (1, 7, 5), (5, 63, 32), (37, 1000, 128), (64, 64, 64), (257, 515, 100), (32, 4099, 256)]
 SCALE = 4096.0  # of the loss, as GradScaler does: fp16 gradients would be subnormal without it
@@ -190,6 +190,69 @@ def test_precisions(backend, precision):
         bound = 2**-9 / 0.2 if precision == "medium" else 1e-5
         assert (rows - want).abs().max() < bound
         assert relative(dq, want_dq) < 3 * bound
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_default_dtype_and_autocast_do_not_matter(backend, dtype, precision, monkeypatch):
+    monkeypatch.setattr(native, "has_bf16_units", lambda: True)
+    q, k, queue = make(9, 300, 32)
+    want = fused(q, k, queue, 0.07, precision=precision)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            got = fused(q, k, queue, 0.07, precision=precision)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("need_dq", [True, False])
+@pytest.mark.parametrize("shape", [(1, 5, 3), (37, 5000, 64), (130, 2049, 33)], ids=str)
+def test_bf16_path_by_tiles(shape, need_dq, monkeypatch):
+    """The path through torch's GEMM: fp32 on a CPU without bf16 units, so its logic is tested anywhere."""
+    if reason := native.unavailable():
+        pytest.skip(f"native backend: {reason}")
+    q, k, queue = make(*shape, clustered=True)
+    want = native.info_nce(q, k, queue, 0.1, "high", need_dq)
+    monkeypatch.setattr(native, "has_bf16_units", lambda: True)
+    got = native.info_nce(q, k, queue, 0.1, "medium", need_dq)
+    real = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert a.shape == b.shape and torch.allclose(
+            a, b, rtol=0.05 if real else 1e-4, atol=0.05 if real else 1e-5
+        )
+    if not real:
+        assert torch.equal(got[2], want[2])
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # the setting was restored
+
+
+def test_bitwise_the_same_for_any_number_of_threads():
+    if reason := native.unavailable():
+        pytest.skip(f"native backend: {reason}")
+    q, k, queue = make(70, 9001, 128)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(fused(q, k, queue, 0.07))
+    for other in results[1:]:
+        assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])
+
+
+def test_a_tie_ranks_below_the_positive(backend):
+    q = torch.tensor([[2.0, 0.0, 0.0]])
+    _, stats = moco_fast.info_nce(q, q, torch.eye(3), return_stats=True)
+    assert stats.rank.tolist() == [0]
+
+
+def test_second_derivative_raises_and_statistics_carry_no_gradient(backend):
+    q, k, queue = make(5, 40, 8)
+    q.requires_grad_()
+    loss, stats = moco_fast.info_nce(q, k, queue, return_stats=True)
+    assert not any(value.requires_grad for value in stats)
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.pow(2).sum().backward()
 
 
 def test_gradcheck_in_float64():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from moco_fast.train.schedule import learning_rate
 TINY = PretrainConfig(
     data="digits", epochs=2, batch_size=256, width=8, dim=16, queue_size=512, bn_splits=2, log_every=1,
     checkpoint_every=3, knn_every=4, knn_bank=200, knn_queries=50, augment=AugmentConfig(image_size=8),
-    threads=1,
+    threads=1, warmup_epochs=0.0, lr=0.06,
 )  # fmt: skip
 STEPS = 10  # 1,437 digits in batches of 256, twice
 TIMED = {"images_per_s", "data_wait"}
@@ -79,6 +80,10 @@ def test_run_folder(unbroken):
         if "loss" in row:
             assert row["chance_loss"] == pytest.approx(np.log(513))
             assert -1 <= row["neg_sim"] <= 1 and -1 <= row["pos_sim"] <= 1 and 0 <= row["acc1"] <= 1
+        if "loss" in row:
+            assert row["lr"] == learning_rate(TINY, row["step"] - 1, 5)
+    group = checkpoint.read(folder)["optimizer"]["param_groups"][0]
+    assert (group["momentum"], group["weight_decay"]) == (TINY.sgd_momentum, TINY.weight_decay)
     fills = [row["queue_fill"] for row in rows if "loss" in row]
     assert fills[:3] == [0.5, 1.0, 1.0]
     for picture in ("curves.png", "neighbours.png"):
@@ -220,8 +225,25 @@ def test_non_finite_weights_are_not_saved(tmp_path, monkeypatch):
 
 
 def test_existing_run_is_not_overwritten(unbroken):
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="is not empty: resume it"):
         run(unbroken[0])
+
+
+def test_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty: empty it, or choose another"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_prolonged_run_uses_the_new_values_and_measures_again(unbroken, tmp_path):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    outcome = run(tmp_path / "run", replace(TINY, epochs=3, weight_decay=0.01, sgd_momentum=0.5), resume=True)
+    assert outcome.step == 15
+    group = checkpoint.read(tmp_path / "run")["optimizer"]["param_groups"][0]
+    assert (group["momentum"], group["weight_decay"]) == (0.5, 0.01)
+    last = [row["knn"] for row in metrics(tmp_path / "run") if row["step"] == 15 and "knn" in row]
+    assert last == [outcome.accuracy["trained"]]
 
 
 def test_bf16_autocast_learns(tmp_path):
@@ -242,6 +264,7 @@ def test_folder_without_labels(tmp_path):
     text = console.export_text()
     assert outcome.accuracy == {} and "No kNN accuracy: the images have no class labels" in text
     assert "queue_size 512 -> 5, batch_size 256 -> 5" in text
+    assert checkpoint.read(tmp_path / "run")["moco_fast"]["config"]["augment"]["image_size"] == 8
     assert outcome.step == 4 and (tmp_path / "run" / "neighbours.png").exists()
 
 
@@ -281,9 +304,28 @@ def test_step_schedule():
     )
 
 
+@pytest.mark.parametrize("warmup", [0.01, 0.25, 0.3, 1.7])
+def test_warmup_never_passes_the_peak(warmup):
+    config = replace(TINY, lr=1.0, epochs=10, warmup_epochs=warmup)
+    rates = [learning_rate(config, step, 10) for step in range(100)]
+    assert max(rates) <= 1 and rates[int(warmup * 10)] > 0.9
+
+
+def test_two_images_are_enough(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        Image.new("RGB", (9, 9), (100 * i, 50, 0)).save(tmp_path / "photos" / f"{i}.png")
+    assert run(tmp_path / "run", replace(TINY, data=str(tmp_path / "photos"), bn_splits=1)).step == 2
+    with pytest.raises(ValueError, match="bn_splits=8 is more than the 2 images of a batch"):
+        config = replace(TINY, data=str(tmp_path / "photos"), bn_splits=8)
+        run(tmp_path / "other", config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"warmup_epochs": 2.0}, "warmup_epochs must be below epochs=2, got 2.0"),
+        ({"seed": 2**63}, r"seed must be below 2\*\*63"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": float("nan")}, "lr must be finite"),
         ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),

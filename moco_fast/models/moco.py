@@ -138,7 +138,14 @@ class MoCo(KeyQueue):
 
         Raises:
             ValueError: batches of different size, empty, or larger than K.
+            RuntimeError: in a process group of several processes, where DistributedDataParallel averages
+                gradients of :meth:`forward` only.
         """
+        if self.training and distributed.world_size() > 1:
+            raise RuntimeError(
+                "MoCo.loss bypasses DistributedDataParallel, which averages the gradients of forward() only: "
+                "with several processes call the wrapped model and take the cross-entropy of its logits"
+            )
         q, k, all_keys = self._encode(im_q, im_k)
         result = ops.info_nce(q, k, self.rows, self.T, return_stats=return_stats)
         if self.training:
@@ -166,6 +173,8 @@ class MoCo(KeyQueue):
 
     def _encode(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (N, dim) with gradient, their keys without, and the keys of all ranks to enqueue."""
+        checks.momentum(self.m)  # both may have been set since the constructor, by a schedule
+        checks.temperature(self.T, name="T")
         if im_q.shape[0] != im_k.shape[0]:
             raise ValueError(f"im_k must hold as many images as im_q, {im_q.shape[0]}, got {im_k.shape[0]}")
         batch = im_q.shape[0] * distributed.world_size()

@@ -29,6 +29,25 @@ def build_model(config: PretrainConfig, channels: int) -> MoCo:
     )
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown name, or no usable GPU
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {name!r} cannot be used: {reason}; expected auto, cpu, cuda or cuda:1"
+        ) from error
+    return device
+
+
 def input_channels(config: PretrainConfig, dataset: Dataset) -> int:
     """Channels that the encoder sees: the dataset's, but torchvision's models always take three."""
     return dataset.channels if config.arch == SMALL_RESNET else 3
@@ -41,9 +60,11 @@ def fit_to_dataset(config: PretrainConfig, dataset: Dataset, log: Callable[[str]
     many times over; a batch has to fit into the queue.
     """
     count = len(dataset.train)
-    queue_size = min(config.queue_size, max(1, count // 2))
+    queue_size = min(config.queue_size, max(2, count // 2))
     batch_size = min(config.batch_size, queue_size)
     batch_size -= batch_size % config.bn_splits
+    if batch_size == 0:
+        raise ValueError(f"bn_splits={config.bn_splits} is more than the {queue_size} images of a batch here")
     if (queue_size, batch_size) == (config.queue_size, config.batch_size):
         return config
     log(

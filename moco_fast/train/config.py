@@ -111,6 +111,10 @@ class PretrainConfig:
             if not (math.isfinite(value) and value >= lowest):
                 raise ValueError(f"{name} must be finite and at least {lowest:g}, got {value!r}")
         checks.one_of("schedule", self.schedule, ("cosine", "step"))
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be below epochs={self.epochs}, got {self.warmup_epochs!r}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.batch_size > self.queue_size:
             raise ValueError(
                 f"batch_size must be at most queue_size={self.queue_size}, got {self.batch_size}: "

@@ -21,11 +21,17 @@ from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
 from moco_fast.train import checkpoint as checkpoints
-from moco_fast.train.build import build_model, channel_statistics, fit_to_dataset, input_channels
+from moco_fast.train.build import (
+    build_model,
+    channel_statistics,
+    choose_device,
+    fit_to_dataset,
+    input_channels,
+)
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
 from moco_fast.train.interrupt import StopRequest
-from moco_fast.train.presets import PRESETS, moved_to
+from moco_fast.train.presets import moved_to
 from moco_fast.train.record import METRICS_FILE, Recorder
 from moco_fast.train.schedule import learning_rate
 
@@ -43,9 +49,8 @@ class Outcome:
     folder: Path
     step: int
     interrupted: signal.Signals | None
-    accuracy: dict[
-        str, float
-    ]  # kNN accuracy of "raw pixels", "random init", "trained"; empty if not measurable
+    accuracy: dict[str, float]
+    """kNN accuracy of "raw pixels", "random init" and "trained"; empty if not measurable."""
 
 
 def pretrain(
@@ -68,28 +73,23 @@ def pretrain(
         console: a rich Console; default: standard output.
 
     Raises:
-        FileExistsError: ``out`` holds a run and ``resume`` is False.
+        FileExistsError: ``out`` is not empty and ``resume`` is False.
         NonFiniteLossError: the loss or the weights are not finite any more.
     """
     console = console or extra("rich.console").Console()
     saved = checkpoints.read(out) if resume else None
-    if saved is None and (out / checkpoints.FILE_NAME).exists():
-        raise FileExistsError(
-            f"{out} holds a run already: resume it (--resume {out}) or choose another --out"
-        )
+    if saved is None and out.exists() and any(out.iterdir()):
+        hint = f"resume it (--resume {out})" if (out / checkpoints.FILE_NAME).exists() else "empty it"
+        raise FileExistsError(f"out {str(out)!r} is not empty: {hint}, or choose another --out")
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
+    device = choose_device(config.device)
 
     # data
     size = config.augment.image_size
     dataset = load_dataset(config.data, canvas=round(size * config.canvas), log=console.print)
-    if (
-        dataset.name in PRESETS and dataset.name != config.data
-    ):  # a fallback, which load_dataset has announced
-        config = moved_to(config, dataset.name)
+    if (config.data, dataset.name) == ("fashion-mnist", "digits"):  # the fallback, which was announced
+        config = moved_to(config, "digits")
         size = config.augment.image_size
     if saved is None:
         config = fit_to_dataset(config, dataset, console.print)
@@ -117,6 +117,8 @@ def pretrain(
         extras = saved["moco_fast"]
         checkpoints.load_model(model, saved)
         optimizer.load_state_dict(saved["optimizer"])
+        for group in optimizer.param_groups:  # the config may have been overridden, and is what gets recorded
+            group.update(momentum=config.sgd_momentum, weight_decay=config.weight_decay)
         randomness.set_state(extras["views"])
         checkpoints.set_random_state(extras["random"])
         step, accuracy = extras["step"], dict(extras["accuracy"])
@@ -127,6 +129,8 @@ def pretrain(
 
     steps_per_epoch = len(loader)
     total = config.epochs * steps_per_epoch
+    if step < total:
+        accuracy.pop("trained", None)  # of fewer epochs, where a finished run is prolonged
     chance = math.log(config.queue_size + 1)
     knn_every = config.knn_every or max(1, total // KNN_MEASUREMENTS)
     (out / "config.json").write_text(
@@ -248,12 +252,17 @@ def pretrain(
         )
     else:
         probe.gallery(model, out / "neighbours.png")
-    plot_curves(out / METRICS_FILE, out / "curves.png")
+    if step > 0:
+        plot_curves(out / METRICS_FILE, out / "curves.png")
     return Outcome(out, step, stop.signal, accuracy)
 
 
 def _explain(step: int, what: str, out: Path) -> str:
+    if (out / checkpoints.FILE_NAME).exists():
+        rest = f"The last good checkpoint stays in {out}: resume it with a lower --lr."
+    else:
+        rest = "No checkpoint had been written yet."
     return (
         f"not finite at step {step} ({what}). Likely causes: lr too high, no warm-up, temperature too low, "
-        f"or broken images. The last good checkpoint stays in {out}: resume it with a lower --lr."
+        f"or broken images. {rest}"
     )

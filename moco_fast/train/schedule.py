@@ -15,7 +15,7 @@ def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> fl
     """
     epoch = step / steps_per_epoch
     if epoch < config.warmup_epochs:
-        return config.lr * (step + 1) / (config.warmup_epochs * steps_per_epoch)
+        return config.lr * min(1.0, (step + 1) / (config.warmup_epochs * steps_per_epoch))
     if config.schedule == "step":
         return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
     progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
