@@ -9,7 +9,7 @@ pretrain: $(VENV)/train.stamp
 	$(BIN)/moco-fast pretrain $(ARGS)
 
 test: $(VENV)/test.stamp
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

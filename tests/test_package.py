@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moco_fast
-from moco_fast import native
+from moco_fast import checks, native, reference
 
 ROOT = Path(moco_fast.__file__).parent
 
@@ -127,3 +127,15 @@ def test_public_names():
 def test_command_sets_the_openmp_policy_before_torch():
     program = "import sys, moco_fast.cli; print('torch' in sys.modules)"
     assert python(program) == "False"
+
+
+@pytest.mark.parametrize("op", ["info_nce", "ema_update_", "enqueue_"])
+def test_an_op_has_one_name_everywhere(op):
+    """The steps of docs/adding-an-op.md."""
+    name, root = op.rstrip("_"), ROOT.parent
+    assert op in moco_fast.__all__ and hasattr(torch.ops.moco_fast, op)
+    assert hasattr(reference, op) and hasattr(native, op)
+    assert hasattr(checks, name)
+    for path in (f"csrc/{name}.h", f"csrc/{name}_cpu.cpp", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
+        assert (root / path).exists(), path
+    assert f"`{op}`" in (root / "CHANGELOG.md").read_text()

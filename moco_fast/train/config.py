@@ -16,7 +16,7 @@ _COUNTS = (
 )  # fmt: skip
 
 _VIEWS = AugmentConfig(
-    image_size=28, crop_scale=(0.4, 1.0), jitter=(0.4, 0.4, 0.0, 0.0), gray_p=0.0, blur_p=0.0
+    image_size=28, crop_scale=(0.4, 1.0), jitter=(0.8, 0.8, 0.0, 0.0), gray_p=0.0, blur_p=0.0
 )
 
 
@@ -30,7 +30,7 @@ class PretrainConfig:
 
     data: str = "fashion-mnist"
     """"fashion-mnist", "digits", or a directory of images."""
-    epochs: int = 8
+    epochs: int = 6
     """Passes over the training images."""
     batch_size: int = 128
     """Images per step."""
@@ -54,7 +54,7 @@ class PretrainConfig:
     bn_splits: int = 1
     """Batch-norm statistics over this many parts of a shuffled batch, as on that many devices."""
 
-    lr: float = 0.12
+    lr: float = 0.06
     """Learning rate at its peak."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Half a cosine per step, or a tenth at every milestone."""
