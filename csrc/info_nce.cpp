@@ -41,8 +41,8 @@ struct Plan {
     Plan(const InfoNce& a, const InfoNceIsa& isa) {
         // Queries and weighted sums of a block stay in L2 beside a tile of rows.
         constexpr int64_t kBlockFloats = 32768, kBlockQueries = 256;
-        // Enough items to balance any usual number of cores; with 128 KB of sums each that is 8 MB.
-        constexpr int64_t kItems = 64, kLeastTiles = 8;
+        // Enough items to balance any usual number of cores; with 128 KB of sums each that is 4 MB.
+        constexpr int64_t kItems = 32, kLeastTiles = 8;
         panels = ceil_div(a.n, isa.panel);
         const int64_t fit = std::min(kBlockFloats / a.features, kBlockQueries) / isa.panel;
         block_panels = std::min(panels, std::max<int64_t>(fit, 1));

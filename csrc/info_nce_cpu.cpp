@@ -20,6 +20,7 @@ constexpr int64_t kTile = 96;
 // Longest chain of additions in a dot product. The cosine of a good positive is a sum of C terms of one sign,
 // and its rounding is divided by T: one chain over C = 512 would lose four times what a blocked sum loses.
 constexpr int64_t kDepth = 64;
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // acc[r] = sum_d a[r * row_stride + d * depth_stride] * b[d], R rows against one panel.
 template <int R>
@@ -144,6 +145,17 @@ const float* tile_rows(const InfoNceScan& a, int64_t first, int64_t count) {
     return static_cast<const float*>(a.rows) + at;
 }
 
+// Asks for part `index` of `parts` of the tile that comes next, while this one is computed: the queue is far
+// larger than the caches, and the first panel of a tile would wait for memory.
+MOCO_FAST_INLINE void prefetch_part(const InfoNceScan& a, int64_t first, int64_t index, int64_t parts) {
+    if (first >= a.count) return;
+    const int64_t count = a.count - first < kTile ? a.count - first : kTile;
+    const int64_t width = a.rows_dtype == DType::f32 ? 4 : 2, bytes = count * a.features * width;
+    const char* rows = static_cast<const char*>(a.rows) + first * a.features * width;
+    for (int64_t at = bytes * index / parts; at < bytes * (index + 1) / parts; at += kLine)
+        __builtin_prefetch(rows + at, 0, 2);
+}
+
 void scan(const InfoNceScan& a) {
     const int64_t panel_size = a.features * kPanel;
     for (int64_t first = 0; first < a.count; first += kTile) {
@@ -151,6 +163,7 @@ void scan(const InfoNceScan& a) {
         const float* rows = tile_rows(a, first, count);
         for (int64_t p = 0; p < a.panels; ++p) {
             const int64_t at = p * kPanel;
+            prefetch_part(a, first + kTile, p, a.panels);
             run_grouped(count, Scores{rows, a.queries + p * panel_size, a.features, a.scores});
             Vec scale[2];
             softmax_tile(a.scores, count, a.positive + at, a.scale_to_log2,

@@ -30,7 +30,7 @@ class PretrainConfig:
 
     data: str = "fashion-mnist"
     """"fashion-mnist", "digits", or a directory of images."""
-    epochs: int = 6
+    epochs: int = 5
     """Passes over the training images."""
     batch_size: int = 128
     """Images per step."""
