@@ -143,16 +143,26 @@ def _gemm_in_bf16() -> Iterator[None]:
 
 def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor) -> None:
     """See :func:`moco_fast.reference.ema_update_`."""
-    table, rest = [], []
-    for target, source in zip(targets, sources, strict=True):
-        dtypes = DTYPES.get(target.dtype), DTYPES.get(source.dtype)
-        if dtypes in EMA_DTYPES and _one_stretch(target, source):
-            table.append((target.data_ptr(), source.data_ptr(), target.numel(), *dtypes))
-        else:
-            rest.append((target, source))
-    if table:
-        _C.ema_update(*zip(*table, strict=True), float(m), torch.get_num_threads())
-    reference.ema_update_([target for target, _ in rest], [source for _, source in rest], m)
+    kinds = [
+        (DTYPES.get(target.dtype), DTYPES.get(source.dtype)) if _one_stretch(target, source) else None
+        for target, source in zip(targets, sources, strict=True)
+    ]
+    if not EMA_DTYPES.issuperset(kinds):  # some pairs are left to the reference
+        rest = [i for i, kind in enumerate(kinds) if kind not in EMA_DTYPES]
+        reference.ema_update_([targets[i] for i in rest], [sources[i] for i in rest], m)
+        keep = [i for i, kind in enumerate(kinds) if kind in EMA_DTYPES]
+        targets, sources = [targets[i] for i in keep], [sources[i] for i in keep]
+        kinds = [kinds[i] for i in keep]
+    if kinds:
+        # map() over methods: for a hundred small parameters these lists cost as much as the update.
+        _C.ema_update(
+            list(map(Tensor.data_ptr, targets)),
+            list(map(Tensor.data_ptr, sources)),
+            list(map(Tensor.numel, targets)),
+            *zip(*kinds, strict=True),
+            float(m),
+            torch.get_num_threads(),
+        )
 
 
 def _one_stretch(target: Tensor, source: Tensor) -> bool:
