@@ -91,8 +91,8 @@ class PretrainConfig:
     """Neighbours that vote."""
     knn_bank: int = 20_000
     """Training images that vote, at most."""
-    knn_queries: int = 2_000
-    """Test images per measurement during training, at most; the last table uses all of them."""
+    knn_queries: int = 10_000
+    """Test images per measurement during training, at most; the table at the end uses all there are."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

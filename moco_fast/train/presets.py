@@ -19,7 +19,7 @@ _IMAGENET_V1 = PretrainConfig(
 
 PRESETS: dict[str, PretrainConfig] = {
     "fashion-mnist": _FASHION_MNIST,
-    "fashion-mnist-long": replace(_FASHION_MNIST, epochs=15),
+    "fashion-mnist-long": replace(_FASHION_MNIST, epochs=10),
     "digits": replace(
         _FASHION_MNIST, data="digits", epochs=60, queue_size=1024, batch_size=128,
         augment=replace(_FASHION_MNIST.augment, image_size=8),
