@@ -3,12 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu_features.h"
+#include "dlpack.h"
 #include "ema_update.h"
 #include "enqueue.h"
 #include "info_nce.h"
@@ -75,6 +77,70 @@ void ema_update(const std::vector<Address>& targets, const std::vector<Address>&
         pairs.push_back({at<void>(targets[i]), at<void>(sources[i]), sizes[i], dtype(target_dtypes[i], true),
                          dtype(source_dtypes[i], true)});
     mf::ema_update(pairs, m, threads);
+}
+
+const mf::dlpack::ExchangeApi* exchange_api = nullptr;
+
+bool read_tensors_through(const py::capsule& capsule) {
+    const auto* api = static_cast<const mf::dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    if (api->major == mf::dlpack::kMajor && api->tensor_from_py_object) exchange_api = api;
+    return exchange_api != nullptr;
+}
+
+// False for what is no tensor in memory (another object, a fake tensor): the caller's slow path says why.
+bool read(py::handle object, mf::dlpack::Tensor& out) {
+    if (exchange_api->tensor_from_py_object(object.ptr(), &out) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    out.data = static_cast<char*>(out.data) + out.byte_offset;
+    return true;
+}
+
+template <class Visit>
+bool for_each_pair(const py::list& targets, const py::list& sources, Visit visit) {
+    if (!exchange_api || targets.size() != sources.size()) return false;
+    for (std::size_t i = 0; i < targets.size(); ++i) {
+        mf::dlpack::Tensor target, source;
+        if (!read(targets[i], target) || !read(sources[i], source) || !visit(target, source)) return false;
+    }
+    return true;
+}
+
+int dtype_code(const mf::dlpack::DataType& type) {
+    if (type.code == mf::dlpack::kBfloat) return int(mf::DType::bf16);
+    if (type.code != mf::dlpack::kFloat) return -1;
+    return int(type.bits == 32 ? mf::DType::f32 : type.bits == 16 ? mf::DType::f16 : mf::DType::f64);
+}
+
+bool tensors_pair_up(const py::list& targets, const py::list& sources) {
+    const mf::dlpack::Device* device = nullptr;
+    mf::dlpack::Device first{};
+    return for_each_pair(targets, sources, [&](const auto& target, const auto& source) {
+        if (!device) device = &(first = target.device);
+        return dtype_code(target.dtype) >= 0 && dtype_code(source.dtype) >= 0 && target.device == *device &&
+               source.device == *device && target.ndim == source.ndim &&
+               std::equal(target.shape, target.shape + target.ndim, source.shape);
+    });
+}
+
+bool ema_update_tensors(const py::list& targets, const py::list& sources, double m, int threads) {
+    std::vector<mf::EmaPair> pairs;
+    const bool simple = for_each_pair(targets, sources, [&](const auto& target, const auto& source) {
+        const int target_dtype = dtype_code(target.dtype), source_dtype = dtype_code(source.dtype);
+        pairs.push_back({target.data, source.data, mf::dlpack::numel(target), mf::DType(target_dtype),
+                         mf::DType(source_dtype)});
+        return target.device.type == mf::dlpack::kCpu && target_dtype >= 0 && source_dtype >= 0 &&
+               (target_dtype == 3) == (source_dtype == 3) &&
+               ((mf::dlpack::contiguous(target) && mf::dlpack::contiguous(source)) ||
+                (mf::dlpack::channels_last(target) && mf::dlpack::channels_last(source)));
+    });
+    if (!simple) return false;
+    py::gil_scoped_release release;
+    mf::ema_update(pairs, m, threads);
+    return true;
 }
 
 void enqueue(Address queue, int queue_dtype, int64_t slots, int64_t features, Address ptr, Address keys,
@@ -148,6 +214,14 @@ PYBIND11_MODULE(_C, m) {
     m.def("ema_update", &ema_update, py::arg("targets"), py::arg("sources"), py::arg("sizes"),
           py::arg("target_dtypes"), py::arg("source_dtypes"), py::arg("m"), py::arg("threads"), Release(),
           "target <- m * target + (1 - m) * source over lists of addresses, sizes and dtype codes.");
+    m.def("read_tensors_through", &read_tensors_through, py::arg("exchange_api"),
+          "Use torch's DLPack exchange table; whether its version is one this understands.");
+    m.def("tensors_pair_up", &tensors_pair_up, py::arg("targets"), py::arg("sources"),
+          "Whether the lists hold floating-point tensors of pairwise equal shapes, all on one device.");
+    m.def("ema_update_tensors", &ema_update_tensors, py::arg("targets"), py::arg("sources"), py::arg("m"),
+          py::arg("threads"),
+          "ema_update over lists of CPU tensors, or False with nothing written if a pair is not in one "
+          "stretch of\nmemory each, in the same order.");
     m.def("enqueue", &enqueue, py::arg("queue"), py::arg("queue_dtype"), py::arg("slots"),
           py::arg("features"), py::arg("ptr"), py::arg("keys"), py::arg("keys_dtype"), py::arg("n"),
           py::arg("threads"), Release(),

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+
+from moco_fast import native
 
 PRECISIONS = ("highest", "high", "medium")
 REDUCTIONS = ("mean", "sum", "none")
@@ -51,10 +54,11 @@ def count(name: str, value: object) -> int:
 
 
 def temperature(value: object, name: str = "temperature") -> float:
-    """Return a temperature as a float: finite and above zero."""
+    """Return a temperature as a float: finite and above zero, with a reciprocal that fp32 holds."""
     result = number(name, value)
-    if not (math.isfinite(result) and result > 0):
-        raise ValueError(f"{name} must be finite and above 0, got {value!r}")
+    if not torch.finfo(torch.float32).tiny <= result < math.inf:  # NaN fails too
+        detail = " whose reciprocal overflows fp32" if 0 < result < 1 else ""
+        raise ValueError(f"{name} must be finite and above 0, got {value!r}{detail}")
     return result
 
 
@@ -120,23 +124,17 @@ def enqueue(queue: object, ptr: object, keys: object) -> tuple[Tensor, Tensor, T
     return queue, ptr, keys
 
 
-def ema_update(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def ema_update(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Check the tensors of :func:`moco_fast.ema_update_`."""
     if len(targets) != len(sources):
         raise ValueError(
             f"sources must pair up with targets: got {len(sources)} sources, {len(targets)} targets"
         )
-    # Hundreds of tensors every step: the pairs are looked at one by one only if something is wrong.
-    both = [*targets, *sources]
-    if not (
-        all(isinstance(tensor, Tensor) for tensor in both)
-        and all(map(Tensor.is_floating_point, both))
-        and [target.shape for target in targets] == [source.shape for source in sources]
-        and len({tensor.device for tensor in both}) <= 1
-        and not any(target.requires_grad for target in targets)
-    ):
-        for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
-            _check_pair(i, targets[0], target, source)
+    # Hundreds of tensors every step: looked at one by one only if a glance at all does not settle it.
+    if native.pair_up(targets, sources) and not any(map(attrgetter("requires_grad"), targets)):
+        return
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        _check_pair(i, targets[0], target, source)
 
 
 def _check_pair(i: int, first: Tensor, target: object, source: object) -> None:

@@ -22,6 +22,13 @@ except ImportError as error:
     _C = None
     _import_error = str(error)
 
+# torch >= 2.10 lets the compiled module read a list of tensors in one pass.
+_READS_TENSORS = (
+    _C is not None
+    and hasattr(Tensor, "__dlpack_c_exchange_api__")
+    and _C.read_tensors_through(Tensor.__dlpack_c_exchange_api__)
+)
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # Dtypes of target and source that have a kernel together: float64 mixes with no other.
@@ -64,6 +71,14 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
         if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and op != "ema_update_"):
             return f"it has no {tensor.dtype} kernel"
     return None
+
+
+def pair_up(targets: list, sources: list) -> bool:
+    """Whether both lists certainly hold floating-point tensors of pairwise equal shapes on one device.
+
+    False may also mean that this cannot tell, so the caller looks for itself.
+    """
+    return _READS_TENSORS and not torch.compiler.is_compiling() and _C.tensors_pair_up(targets, sources)
 
 
 def info_nce(
@@ -143,6 +158,8 @@ def _gemm_in_bf16() -> Iterator[None]:
 
 def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor) -> None:
     """See :func:`moco_fast.reference.ema_update_`."""
+    if _READS_TENSORS and _C.ema_update_tensors(targets, sources, float(m), torch.get_num_threads()):
+        return
     kinds = [
         (DTYPES.get(target.dtype), DTYPES.get(source.dtype)) if _one_stretch(target, source) else None
         for target, source in zip(targets, sources, strict=True)

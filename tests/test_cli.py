@@ -65,6 +65,10 @@ def test_a_directory_with_the_name_of_a_dataset(tmp_path, monkeypatch):
             ["pretrain", "--data", "digits", "--arch", "resnet51"],
             "arch 'resnet51' is unknown; close are: resnet",
         ),
+        (
+            ["pretrain", "--data", "digits", "--arch", "vit_b_32"],
+            "arch 'vit_b_32' cannot take images of image_size=8 pixels",
+        ),
         (["pretrain", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["pretrain", "--temperature", "nan"], "temperature must be finite and above 0, got nan"),
         (["pretrain", "--resume", "no/run"], "no checkpoint at no/run"),

@@ -4,10 +4,18 @@ import pytest
 import torch
 
 import moco_fast
-from moco_fast import ops
+from moco_fast import native, ops
 
 SHAPES = [(), (1,), (5,), (37, 3), (64, 3, 7, 7), (257, 129), (0, 4), (70_001,)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[True, False], ids=["one pass", "by lists"], autouse=True)
+def reads_tensors(request, monkeypatch):
+    """Both ways from tensors to addresses: torch >= 2.10 has the first, older ones only the second."""
+    if request.param and native.unavailable() is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        assert native._READS_TENSORS
+    monkeypatch.setattr(native, "_READS_TENSORS", request.param and native._READS_TENSORS)
 
 
 def pairs(dtype=torch.float32, source_dtype=None):

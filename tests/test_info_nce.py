@@ -304,6 +304,7 @@ def bad(**changes):
         ({"queue": torch.zeros(0, 8)}, ValueError, "queue must hold at least one row"),
         ({"queue": torch.zeros(10, 8, requires_grad=True)}, ValueError, "queue requires grad"),
         ({"temperature": 0}, ValueError, "temperature must be finite and above 0, got 0"),
+        ({"temperature": 1e-40}, ValueError, "above 0, got 1e-40 whose reciprocal overflows fp32"),
         ({"temperature": -1.0}, ValueError, "temperature.*-1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature.*nan"),
         ({"temperature": "warm"}, TypeError, "temperature must be a number, got str 'warm'"),

@@ -247,6 +247,15 @@ def test_attributes_set_later_are_checked_first(call, name, value):
         assert torch.equal(tensor, before[key]), key
 
 
+def test_bn_splits_and_sync_batchnorm_exclude_each_other():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build(bn_splits=4))
+    before = copy.deepcopy(model.state_dict())
+    ((im_q, im_k),) = views()
+    with pytest.raises(RuntimeError, match=r"bn_splits=4 .* SyncBatchNorm"):
+        model.loss(im_q, im_k)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_bn_splits_shuffle_only_the_keys():
     """Splits keep the state dict, and keys come back in the order of their queries."""
     model, plain = build(bn_splits=4), build()

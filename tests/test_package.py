@@ -15,8 +15,9 @@ ROOT = Path(moco_fast.__file__).parent
 
 # Lowest first; a module may import from its own row and from rows above it. First match wins.
 LAYERS = [
-    ("_version", "checks", "extras", "reference"),
+    ("_version", "extras", "reference"),
     ("native",),
+    ("checks",),
     ("backends",),
     ("ops", "doctor"),
     ("queue", "norm", "distributed"),

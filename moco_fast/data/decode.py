@@ -3,7 +3,7 @@
 The canvas is square so that images of any shape stack; the original width /
 height comes along, and augmentation draws its crops in that geometry.
 
-Tests: tests/test_data.py.
+Tests: tests/test_decode.py.
 """
 
 from __future__ import annotations

@@ -110,6 +110,7 @@ class MoCo(KeyQueue):
 
         Raises:
             ValueError: batches of different size, empty, or larger than K.
+            RuntimeError: converted to SyncBatchNorm despite ``bn_splits``.
         """
         q, k, all_keys = self._encode(im_q, im_k)
         q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
@@ -139,7 +140,7 @@ class MoCo(KeyQueue):
         Raises:
             ValueError: batches of different size, empty, or larger than K.
             RuntimeError: in a process group of several processes, where DistributedDataParallel averages
-                gradients of :meth:`forward` only.
+                gradients of :meth:`forward` only; or converted to SyncBatchNorm despite ``bn_splits``.
         """
         if self.training and distributed.world_size() > 1:
             raise RuntimeError(
@@ -180,6 +181,12 @@ class MoCo(KeyQueue):
         batch = im_q.shape[0] * distributed.world_size()
         if not 1 <= batch <= self.K:
             raise ValueError(f"the batch must hold 1 to K={self.K} images, got {batch}")
+
+        if self.bn_splits > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.encoder_k.modules()):
+            raise RuntimeError(
+                f"bn_splits={self.bn_splits} asks for statistics of parts of the batch, but the encoder was "
+                "converted to SyncBatchNorm, which takes them over all of it: leave one of the two out"
+            )
 
         q = self.encoder_q(im_q)
         if self.training:

@@ -16,9 +16,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_model(config: PretrainConfig, channels: int) -> MoCo:
-    """The model of a recipe, freshly initialised from ``config.seed``."""
+    """The model of a recipe, freshly initialised from ``config.seed``.
+
+    Raises:
+        ValueError: the architecture cannot take images of the recipe's size.
+    """
     torch.manual_seed(config.seed)
-    return MoCo(
+    model = MoCo(
         backbone(config.arch, width=config.width, in_channels=channels),
         config.dim,
         config.queue_size,
@@ -27,6 +31,15 @@ def build_model(config: PretrainConfig, channels: int) -> MoCo:
         config.mlp,
         bn_splits=config.bn_splits,
     )
+    size = config.augment.image_size
+    model.eval()
+    try:
+        model.features(torch.zeros(1, channels, size, size))
+    except Exception as error:  # whatever the backbone raises for a size it was not made for
+        raise ValueError(
+            f"arch {config.arch!r} cannot take images of image_size={size} pixels: {error}"
+        ) from error
+    return model.train()
 
 
 def choose_device(name: str) -> torch.device:
