@@ -1,9 +1,10 @@
 """Which backend serves which op.
 
-Backends in order of preference: ``native`` (C++ on the CPU) and ``reference``
-(PyTorch, anywhere). Left alone, an op takes the first backend that serves its
-tensors. ``MOCO_FAST_BACKEND=name`` or :func:`use_backend` forces one, and then
-an op it cannot serve raises instead of falling back.
+Backends in order of preference: ``native`` (C++ on the CPU, CUDA C++ on the
+GPU), ``triton`` (on the GPU) and ``reference`` (PyTorch, anywhere). Left alone,
+an op takes the first backend that serves its tensors. ``MOCO_FAST_BACKEND=name``
+or :func:`use_backend` forces one, and then an op it cannot serve raises instead
+of falling back.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from types import ModuleType
 from torch import Tensor
 
 from moco_fast import checks, native, reference
+from moco_fast.kernels import backend as triton
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"native": native, "triton": triton, "reference": reference}
 
 _forced: ContextVar[str | None] = ContextVar("moco_fast_backend", default=None)
 
@@ -28,7 +30,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every op that this thread calls in the block.
 
     Args:
-        name: "native" or "reference".
+        name: "native", "triton" or "reference".
 
     Raises:
         ValueError: unknown name.
@@ -62,9 +64,14 @@ def choose(op: str, tensors: Sequence[Tensor]) -> ModuleType:
     name = forced()
     if name == "reference":
         return reference
-    reason = native.cannot_serve(op, tensors)
-    if reason is None:
+    if name:
+        backend = BACKENDS[name]
+        if reason := backend.cannot_serve(op, tensors):
+            raise RuntimeError(f"backend {name!r} was asked for, but cannot serve {op}: {reason}")
+        return backend
+    if native.cannot_serve(op, tensors) is None:
         return native
-    if name == "native":
-        raise RuntimeError(f"backend 'native' was asked for, but cannot serve {op}: {reason}")
+    # On a CPU Triton only interprets its kernels, for tests.
+    if tensors[0].is_cuda and triton.cannot_serve(op, tensors) is None:
+        return triton
     return reference

@@ -82,12 +82,12 @@ def pair_up(targets: list, sources: list) -> bool:
 
 
 def info_nce(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.info_nce`."""
     q, k, queue = q.contiguous(), k.contiguous(), queue.contiguous()
     if precision == "medium" and has_bf16_units():
-        return _info_nce_bf16(q, k, queue, temperature, need_dq)
+        return _info_nce_bf16(q, k, queue, temperature, need_dq, need_stats)
     n, features = q.shape
     # Options are spelled out: torch's default dtype and device are the user's to change.
     loss, pos, neg = (torch.empty(n, **FP32) for _ in range(3))
@@ -99,11 +99,12 @@ def info_nce(
         loss.data_ptr(), dq.data_ptr() if need_dq else 0, rank.data_ptr(), pos.data_ptr(), neg.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    return loss, dq, rank, pos, neg
+    stats = slice(None if need_stats else 0)
+    return loss, dq, rank[stats], pos[stats], neg[stats]
 
 
 def _info_nce_bf16(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, need_dq: bool
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The same tile by tile, with the products in torch's GEMM, whose bf16 kernels use the matrix units.
 
@@ -136,7 +137,8 @@ def _info_nce_bf16(
         q_hat.data_ptr(), k_hat.data_ptr(), norm.data_ptr(), n, negatives, features, temperature,
         loss.data_ptr(), dq_ptr, neg.data_ptr(), threads,
     )  # fmt: skip
-    return loss, dq, rank, pos, neg
+    stats = slice(None if need_stats else 0)
+    return loss, dq, rank[stats], pos[stats], neg[stats]
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def info_nce(
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
 
     need_dq = q.requires_grad and torch.is_grad_enabled()
-    rows, _, rank, pos, neg = _info_nce(q, k, queue, temperature, precision, need_dq)
+    rows, _, rank, pos, neg = _info_nce(q, k, queue, temperature, precision, need_dq, return_stats)
     loss = rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
     return (loss, InfoNCEStats(rank, pos.detach(), neg.detach())) if return_stats else loss
 
@@ -135,19 +135,20 @@ def enqueue_(
 
 @torch.library.custom_op("moco_fast::info_nce", mutates_args=())
 def _info_nce(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = backends.choose("info_nce", (q, k, queue))
     with torch.autocast(q.device.type, enabled=False):  # the op's own matrix products stay in fp32
-        return backend.info_nce(q, k, queue, temperature, precision, need_dq)
+        return backend.info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
 
 
 @_info_nce.register_fake
-def _(q, k, queue, temperature, precision, need_dq):
+def _(q, k, queue, temperature, precision, need_dq, need_stats):
     n, c = q.shape
-    like = q.new_empty((n,), dtype=reference.compute_dtype(q, k, queue))
-    dq = like.new_empty((n if need_dq else 0, c))
-    return like, dq, q.new_empty((n,), dtype=torch.int64), torch.empty_like(like), torch.empty_like(like)
+    loss = q.new_empty((n,), dtype=reference.compute_dtype(q, k, queue))
+    dq = loss.new_empty((n if need_dq else 0, c))
+    stats = n if need_stats else 0
+    return loss, dq, q.new_empty((stats,), dtype=torch.int64), loss.new_empty(stats), loss.new_empty(stats)
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -171,7 +172,7 @@ def _scale_dq(ctx, grad_loss, *_):
     grad = (grad_loss[:, None] * dq).to(q.dtype)
     if torch.is_grad_enabled():  # create_graph=True
         grad = _DifferentiatedOnce.apply(grad, q)
-    return grad, None, None, None, None, None
+    return grad, None, None, None, None, None, None
 
 
 _info_nce.register_autograd(_scale_dq, setup_context=_save_dq)

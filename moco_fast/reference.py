@@ -35,6 +35,7 @@ def info_nce(
     temperature: float,
     precision: str,  # the least a backend must deliver; fp32 satisfies all
     need_dq: bool,
+    need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """InfoNCE of each query and its gradient, in one forward.
 
@@ -47,8 +48,8 @@ def info_nce(
     Source: He et al. 2020, "Momentum Contrast", equation 1.
 
     Returns:
-        loss (N,), dq (N, C) or (0, C), rank (N,) int64 = negatives above the
-        positive, pos (N,) = q^.k^, neg (N,) = mean of q^.n_j.
+        loss (N,), dq (N, C) or (0, C), and (0,) each unless ``need_stats``: rank (N,) int64 = negatives
+        above the positive, pos (N,) = q^.k^, neg (N,) = mean of q^.n_j.
     """
     dtype = compute_dtype(q, k, queue)
     q_hat, norm = normalise(q.to(dtype))
@@ -58,7 +59,8 @@ def info_nce(
     pos = (q_hat * k_hat).sum(dim=1)
     similarities = q_hat @ rows.t()  # (N, K)
     neg = similarities.mean(dim=1)
-    rank = (similarities > pos[:, None]).sum(dim=1)
+    stats = slice(None if need_stats else 0)
+    rank = (similarities > pos[:, None]).sum(dim=1)[stats]
 
     logits = similarities / temperature
     top = torch.maximum(logits.amax(dim=1), pos / temperature)
@@ -73,13 +75,13 @@ def info_nce(
     loss = loss + 0 * neg
 
     if not need_dq:
-        return loss, q.new_empty((0, q.shape[1]), dtype=dtype), rank, pos, neg
+        return loss, q.new_empty((0, q.shape[1]), dtype=dtype), rank, pos[stats], neg[stats]
     total = negatives + positive
     dq_hat = ((exps / total[:, None]) @ rows - (negatives / total)[:, None] * k_hat) / temperature
     radial = (q_hat * dq_hat).sum(dim=1, keepdim=True)
     # A norm below EPS was clamped to a constant, through which no gradient flows.
     dq = (dq_hat - torch.where(norm >= EPS, radial * q_hat, 0)) / norm.clamp_min(EPS)
-    return loss, dq, rank, pos, neg
+    return loss, dq, rank, pos[stats], neg[stats]
 
 
 def ema_update_(

@@ -1,22 +1,42 @@
 """Shared by all tests: the backends of this machine, and a last line that says what could not be tested."""
 
+import os
+
 import pytest
 import torch
 
-from moco_fast import native
+# Before Triton is imported: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
-BACKENDS = ("reference", "native")
+from moco_fast.kernels import backend as triton
+
+from moco_fast import backends, native
+
+# (backend, device): on a GPU machine every backend runs there too, and Triton nowhere else.
+PLACES = [("reference", "cpu"), ("native", "cpu"), ("triton", "cpu")]
+if torch.cuda.is_available():
+    PLACES = [*PLACES[:2], *((name, "cuda") for name in backends.BACKENDS)]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(
+    params=[
+        pytest.param(place, id="-".join(place), marks=[pytest.mark.gpu] if place[1] == "cuda" else [])
+        for place in PLACES
+    ]
+)
 def backend(request):
-    """Force one backend; a machine without the compiled module skips the native one, by name."""
-    import moco_fast
+    """Force one backend, and make its device the default one; skip, by name, where it cannot serve.
 
-    if request.param == "native" and (reason := native.unavailable()):
-        pytest.skip(f"native backend: {reason}")
-    with moco_fast.use_backend(request.param):
-        yield request.param
+    A test file that uses this names its op in ``OP``.
+    """
+    name, device = request.param
+    probe = torch.empty((1, 1), device=device)
+    module = backends.BACKENDS[name]
+    if module is not backends.reference and (reason := module.cannot_serve(request.module.OP, (probe,))):
+        pytest.skip(f"{name} backend on {device}: {reason}")
+    with backends.use_backend(name), torch.device(device):
+        yield name
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +59,8 @@ def pytest_terminal_summary(terminalreporter):
             missing.append(f"CPU kernels for {', '.join(unsupported)} (compiled, but this CPU lacks them)")
         if not native.has_bf16_units():
             missing.append("bf16 matrix units (this CPU has none; the bf16 path ran in fp32)")
+    if reason := triton.cannot_serve("info_nce", ()):
+        missing.append(f"Triton kernels ({reason})")
     if not torch.cuda.is_available():
-        missing.append("everything on a GPU (none here)")
+        missing.append("everything on a GPU (none here; Triton kernels ran in the interpreter)")
     terminalreporter.write_line(f"NOT TESTED on this machine: {'; '.join(missing) or 'nothing'}")

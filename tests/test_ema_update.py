@@ -6,6 +6,7 @@ import torch
 import moco_fast
 from moco_fast import native, ops
 
+OP = "ema_update_"
 SHAPES = [(), (1,), (5,), (37, 3), (64, 3, 7, 7), (257, 129), (0, 4), (70_001,)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

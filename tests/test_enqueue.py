@@ -9,6 +9,8 @@ from moco_fast import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+OP = "enqueue_"
+
 
 @pytest.mark.parametrize("keys_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queue_dtype", DTYPES, ids=str)

@@ -7,7 +7,17 @@ from torch.nn import functional as F
 import moco_fast
 from moco_fast import checks, native, ops
 
-SHAPES = [(1, 1, 1), (1, 7, 5), (5, 63, 32), (37, 1000, 128), (64, 64, 64), (257, 515, 100), (32, 4099, 256)]
+OP = "info_nce"
+SHAPES = [
+    (1, 1, 1),
+    (1, 7, 5),
+    (5, 63, 32),
+    (37, 1000, 128),
+    (64, 64, 64),
+    (130, 515, 100),
+    (5, 2051, 256),
+    (3, 70, 512),
+]
 SCALE = 4096.0  # of the loss, as GradScaler does: fp16 gradients would be subnormal without it
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -40,9 +50,11 @@ def official(q, k, queue, temperature, dtype=torch.float64):
     return rows.detach(), dq, logits.detach()
 
 
-def fused(q, k, queue, temperature, **options):
+def fused(q, k, queue, temperature, precision="highest"):
     q = q.clone().requires_grad_()
-    rows, stats = moco_fast.info_nce(q, k, queue, temperature, reduction="none", return_stats=True, **options)
+    rows, stats = moco_fast.info_nce(
+        q, k, queue, temperature, precision=precision, reduction="none", return_stats=True
+    )
     (dq,) = torch.autograd.grad(rows.mean() * SCALE, q)
     assert rows.dtype == torch.float32 and dq.dtype == q.dtype
     return rows.detach(), dq, stats
@@ -151,9 +163,9 @@ def test_non_contiguous_views(backend):
 
 
 def test_bitwise_repeatable(backend):
-    q, k, queue = make(70, 3001, 128)
+    q, k, queue = make(20, 1001, 128)
     first = fused(q, k, queue, 0.07)
-    for _ in range(3):
+    for _ in range(2):
         again = fused(q, k, queue, 0.07)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
@@ -174,22 +186,62 @@ def test_queue_may_change_before_backward(backend):
     q, k, queue = make(6, 90, 32)
     _, want, _ = official(q, k, queue, 0.07)
     q.requires_grad_()
-    loss = moco_fast.info_nce(q, k, queue, 0.07) * SCALE
+    loss = moco_fast.info_nce(q, k, queue, 0.07, precision="highest") * SCALE
     queue.fill_(float("nan"))
     loss.backward()
     assert relative(q.grad, want) < 1e-5
 
 
+# What a precision may round the operands of matrix products to; the CPU backends stay in fp32 for "high".
+OPERAND = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+# Around the temperatures at which the Triton kernel changes from a fixed shift to a running maximum.
+TEMPERATURES = [0.2, 0.0501, 0.05, 0.0499, 0.0251, 0.025, 0.0249, 0.01]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("precision", checks.PRECISIONS)
-def test_precisions(backend, precision):
-    """Operand rounding bounds the error: bf16 keeps 8 bits, and cosines are divided by T."""
+def test_precisions(backend, precision, temperature):
+    """Two rounded operands move a cosine by at most eps, and cosines are divided by T."""
     for clustered in (False, True):
-        q, k, queue = make(64, 5000, 128, clustered=clustered)
-        want, want_dq, _ = official(q, k, queue, 0.2)
-        rows, dq, _ = fused(q, k, queue, 0.2, precision=precision)
-        bound = 2**-9 / 0.2 if precision == "medium" else 1e-5
-        assert (rows - want).abs().max() < bound
-        assert relative(dq, want_dq) < 3 * bound
+        q, k, queue = make(20, 700, 64, clustered=clustered)
+        k = k[torch.randperm(len(k))]  # not near q, or at such temperatures nothing would be left of the loss
+        want, want_dq, _ = official(q, k, queue, temperature)
+        rows, dq, _ = fused(q, k, queue, temperature, precision)
+        bound = torch.finfo(OPERAND[precision]).eps / temperature
+        assert ((rows - want).abs() <= bound + 1e-5 + 2e-7 * want).all()
+        assert relative(dq, want_dq) <= bound + 1e-5
+
+
+def test_small_losses_keep_their_digits_at_every_precision(backend):
+    """The positive is computed in fp32, apart: rounding the negatives moves the loss by a share of itself."""
+    for precision in checks.PRECISIONS:
+        q, _, queue = make(20, 700, 64)
+        want, want_dq, _ = official(q, q, queue, 0.04)
+        rows, dq, _ = fused(q, q, queue, 0.04, precision)
+        bound = torch.finfo(OPERAND[precision]).eps / 0.04
+        assert ((rows - want).abs() <= (bound + 1e-4) * want).all()
+        assert relative(dq, want_dq) <= bound + 1e-4
+
+
+@pytest.mark.parametrize("return_stats", [True, False])
+@pytest.mark.parametrize("need_dq", [True, False])
+def test_every_output_is_written(backend, need_dq, return_stats):
+    q, k, queue = make(9, 130, 40)
+    torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN
+    try:
+        outputs = ops._info_nce(q, k, queue, 0.07, "high", need_dq, return_stats)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(value).all() for value in outputs)
+    assert outputs[0].shape == (9,) and outputs[1].shape == (9 if need_dq else 0, 40)
+    assert [value.shape[0] for value in outputs[2:]] == [9 if return_stats else 0] * 3
+    assert (outputs[2] < 130).all()
+
+
+def test_more_features_than_triton_holds():
+    q, k, queue = make(2, 5, 513)
+    with moco_fast.use_backend("triton"), pytest.raises(RuntimeError, match=r"up to 512 features.*got 513"):
+        moco_fast.info_nce(q, k, queue)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -214,9 +266,9 @@ def test_bf16_path_by_tiles(shape, need_dq, monkeypatch):
     if reason := native.unavailable():
         pytest.skip(f"native backend: {reason}")
     q, k, queue = make(*shape, clustered=True)
-    want = native.info_nce(q, k, queue, 0.1, "high", need_dq)
+    want = native.info_nce(q, k, queue, 0.1, "high", need_dq, True)
     monkeypatch.setattr(native, "has_bf16_units", lambda: True)
-    got = native.info_nce(q, k, queue, 0.1, "medium", need_dq)
+    got = native.info_nce(q, k, queue, 0.1, "medium", need_dq, True)
     real = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     for a, b in zip(got[:2], want[:2], strict=True):
         assert a.shape == b.shape and torch.allclose(
@@ -263,9 +315,9 @@ def test_gradcheck_in_float64():
 
 def test_opcheck(backend):
     q, k, queue = make(5, 40, 8)
-    arguments = (q.requires_grad_(), k, queue, 0.07, "high", True)
+    arguments = (q.requires_grad_(), k, queue, 0.07, "high", True, True)
     torch.library.opcheck(ops._info_nce, arguments)
-    torch.library.opcheck(ops._info_nce, (q.detach(), *arguments[1:5], False))
+    torch.library.opcheck(ops._info_nce, (q.detach(), *arguments[1:5], False, False))
 
 
 def test_compile_fullgraph(backend):

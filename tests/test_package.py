@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import moco_fast.kernels
 import pytest
 import torch
 
-import moco_fast
 from moco_fast import checks, native, reference
 
 ROOT = Path(moco_fast.__file__).parent
@@ -16,7 +16,7 @@ ROOT = Path(moco_fast.__file__).parent
 # Lowest first; a module may import from its own row and from rows above it. First match wins.
 LAYERS = [
     ("_version", "extras", "reference"),
-    ("native",),
+    ("native", "kernels"),
     ("checks",),
     ("backends",),
     ("ops", "doctor"),
@@ -36,8 +36,9 @@ def layer(module):
 
 def test_imports_only_go_down():
     seen = 0
-    for path in ROOT.rglob("*.py"):
-        module = ".".join(["moco_fast", *path.relative_to(ROOT).with_suffix("").parts])
+    folders = {"moco_fast": ROOT, "moco_fast.kernels": Path(moco_fast.kernels.__path__[0])}
+    for package, path in ((name, path) for name, root in folders.items() for path in root.rglob("*.py")):
+        module = ".".join([package, *path.relative_to(folders[package]).with_suffix("").parts])
         if path.name == "__init__.py":
             continue
         own = layer(module)
@@ -97,7 +98,7 @@ def test_forcing_a_backend():
     q = torch.randn(2, 4)
     queue = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
     with (
-        pytest.raises(ValueError, match="backend must be one of 'native', 'reference', got 'fast'"),
+        pytest.raises(ValueError, match="backend must be one of 'native', 'triton', 'reference', got 'fast'"),
         moco_fast.use_backend("fast"),
     ):
         pass
@@ -137,6 +138,12 @@ def test_an_op_has_one_name_everywhere(op):
     assert op in moco_fast.__all__ and hasattr(torch.ops.moco_fast, op)
     assert hasattr(reference, op) and hasattr(native, op)
     assert hasattr(checks, name)
-    for path in (f"csrc/{name}.h", f"csrc/{name}_cpu.cpp", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
+    for path in (
+        f"csrc/{name}.h",
+        f"csrc/{name}_cpu.cpp",
+        f"tests/test_{name}.py",
+        f"bench/bench_{name}.py",
+        f"kernels/{name}.py",
+    ):
         assert (root / path).exists(), path
     assert f"`{op}`" in (root / "CHANGELOG.md").read_text()

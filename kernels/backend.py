@@ -1,0 +1,52 @@
+"""The Triton backend: which op it serves on which tensors, and where its kernels are launched.
+
+Kernel files are imported when first called, because importing them imports
+Triton, which need not be installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_FEATURES = 512
+OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, through Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot run ``op`` on the tensors, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and not interpreted():
+            return "it runs on the GPU (on the CPU with TRITON_INTERPRET=1, for tests)"
+        if tensor.device.type not in ("cuda", "cpu"):
+            return f"it runs on the GPU, the tensors are on {tensor.device}"
+        if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < OLDEST:
+            return "it needs a GPU of compute capability 8.0 or newer"
+        if tensor.dtype not in DTYPES:
+            return f"it has no {tensor.dtype} kernel"
+        if op == "info_nce" and tensor.shape[-1] > MAX_FEATURES:
+            return f"it holds rows of up to {MAX_FEATURES} features in registers, got {tensor.shape[-1]}"
+    return None
+
+
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.info_nce`."""
+    from moco_fast.kernels import info_nce as kernel
+    from moco_fast.kernels.common import on_device_of
+
+    with on_device_of(q):
+        return kernel.info_nce(q, k, queue, temperature, precision, need_dq, need_stats)

@@ -1,0 +1,351 @@
+"""InfoNCE against a queue, loss and gradient in one pass over it.
+
+With q^, k^ the normalised rows and s_j = q^.n_j / T::
+
+    loss = logsumexp(s_0, s_1, ..., s_K) - s_0,                       s_0 = q^.k^ / T
+    dq^  = (sum_j p_j n_j - (1 - p_0) k^) / T,    dq = (dq^ - q^ (q^.dq^)) / |q|
+
+Three launches. ``_prepare`` normalises q into 16-bit operands and computes the
+positive in fp32. ``_sweep`` is flash attention with V = K = queue: a program
+holds BLOCK_M queries and walks its share of the queue, since N is far smaller
+than K and a grid over queries alone would leave the GPU idle; it writes an
+unnormalised sum (N, C), its denominator and its shift. ``_finish`` adds the
+shares in a fixed order, so the result is bitwise repeatable.
+
+The N x K logits never reach memory. Traffic: the queue once per BLOCK_M
+queries (from L2 after the first), 2 K C bytes in 16 bit; 4 N K C FLOP; N K
+exponentials; at most SCRATCH_BYTES of partial sums written and read.
+
+Unit rows bound s by 1/T, so a constant shift replaces the running maximum where
+the exponentials fit the operand type between -1/T and 1/T (``FIXED_SHIFT_FROM``).
+Rows that are not unit can break that bound: a program whose sums came out
+non-finite walks its share again with a running maximum.
+
+Reference: moco_fast/reference.py::info_nce.  Tests: tests/test_info_nce.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from moco_fast.kernels.common import (
+    EPS,
+    LN2,
+    LOG2E,
+    multiprocessors,
+    row_norms,
+    widened,
+)
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (rows class, padded C).
+# Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another (tests/test_aot.py).
+TILES = {
+    ("few", 32): (64, 64, 4, 4, 3),
+    ("few", 64): (64, 64, 4, 4, 3),
+    ("few", 128): (64, 64, 4, 3, 3),
+    ("few", 256): (64, 64, 8, 2, 1),
+    ("few", 512): (64, 32, 8, 2, 1),
+    ("many", 32): (128, 64, 8, 4, 2),
+    ("many", 64): (128, 64, 8, 3, 2),
+    ("many", 128): (128, 64, 8, 3, 1),
+    ("many", 256): (64, 64, 8, 2, 1),
+    ("many", 512): (64, 32, 8, 2, 1),
+}
+MAX_FEATURES = 512
+
+# Smallest temperature at which exp fits between -1/T and 1/T: fp16 spans 2^-24 to 2^16, bf16 fp32's range.
+FIXED_SHIFT_FROM = {torch.float16: 0.05, torch.bfloat16: 0.025}
+# Exponentials are scaled by 2^15, the largest power of two in fp16, so that the small ones do not vanish.
+OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
+
+SCRATCH_BYTES = 8_000_000
+
+
+@triton.jit
+def _prepare(
+    q, k,  # (N, C) raw
+    q_high, q_low,  # (N, WIDTH) operands; q_low only if SPLIT
+    q_norm, k_norm, pos,  # (N,) fp32
+    N, C,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    col = tl.arange(0, BLOCK_C)[None, :]
+    inside = (row < N) & (col < C)
+    at = row.to(tl.int64) * C + col
+    q_row = tl.load(q + at, mask=inside, other=0).to(tl.float32)
+    k_row = tl.load(k + at, mask=inside, other=0).to(tl.float32)
+    q_size, k_size = row_norms(q_row), row_norms(k_row)
+    q_hat = q_row / tl.where(q_size < EPS, EPS, q_size)  # not maximum(): a NaN must stay
+    k_hat = k_row / tl.where(k_size < EPS, EPS, k_size)
+    tl.store(q_norm + row, q_size, mask=row < N)
+    tl.store(k_norm + row, k_size, mask=row < N)
+    tl.store(pos + row, tl.sum(q_hat * k_hat, axis=1, keep_dims=True), mask=row < N)
+
+    high = q_hat.to(q_high.dtype.element_ty)
+    to = row.to(tl.int64) * WIDTH + col
+    tl.store(q_high + to, high, mask=(row < N) & (col < WIDTH))
+    if SPLIT:
+        low = (q_hat - high.to(tl.float32)).to(q_high.dtype.element_ty)
+        tl.store(q_low + to, low, mask=(row < N) & (col < WIDTH))
+
+
+@triton.jit
+def _product(
+    a, a_low,  # (M, X)
+    b, b_low,  # (X, Y)
+    acc,  # (M, Y) fp32
+    A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """``acc + (a + a_low) @ (b + b_low)`` without the product of the two low parts."""
+    acc = tl.dot(widened(a), widened(b), acc, input_precision="ieee")
+    if A_SPLIT:
+        acc = tl.dot(widened(a_low), widened(b), acc, input_precision="ieee")
+    if B_SPLIT:
+        acc = tl.dot(widened(a), widened(b_low), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _walk(
+    q, q_low,  # (BLOCK_M, BLOCK_C) operands
+    queue,  # descriptor of (K, WIDTH), blocks (BLOCK_N, BLOCK_C)
+    positive,  # (BLOCK_M,) fp32
+    first, last, K, scale, fixed_shift,
+    OFFSET: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, ONLINE: tl.constexpr,
+    SPLIT: tl.constexpr, SPLIT_QUEUE: tl.constexpr, DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Over a share of tiles: sum_j p_j n_j, sum_j p_j, shift, sum of cosines, cosines above the positive."""
+    M: tl.constexpr = q.shape[0]
+    acc = tl.zeros((M, q.shape[1]), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    shift = tl.full((M,), float("-inf"), tl.float32) if ONLINE else tl.zeros((M,), tl.float32) + fixed_shift
+    cosines = tl.zeros((M,), tl.float32)
+    above = tl.zeros((M,), tl.int32)
+    for tile in range(first, last):
+        rows = queue.load([tile * BLOCK_N, 0])
+        n = rows.to(q.dtype)
+        n_low = (rows.to(tl.float32) - n.to(tl.float32)).to(q.dtype) if SPLIT_QUEUE else n
+        s = tl.zeros((M, BLOCK_N), tl.float32)
+        s = _product(q, q_low, tl.trans(n), tl.trans(n_low), s, SPLIT, SPLIT_QUEUE)
+        if not EVEN:
+            valid = (tile * BLOCK_N + tl.arange(0, BLOCK_N) < K)[None, :]
+            if SUMS:
+                cosines += tl.sum(tl.where(valid, s, 0.0), axis=1)
+            s = tl.where(valid, s, float("-inf"))
+        elif SUMS:
+            cosines += tl.sum(s, axis=1)
+        if RANKS:
+            above += tl.sum((s > positive[:, None]).to(tl.int32), axis=1)
+        if ONLINE:
+            # Against the scaled maximum, less the offset: the largest exponential is 2^OFFSET.
+            grown = tl.maximum(shift, tl.max(s, axis=1) * scale - OFFSET)
+            rescale = tl.exp2(shift - grown)
+            total *= rescale
+            if DQ:
+                acc *= rescale[:, None]
+            shift = grown
+        p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.zeros_like(s) - shift[:, None]))
+        total += tl.sum(p, axis=1)
+        if DQ:
+            p_high = p.to(q.dtype)
+            p_low = (p - p_high.to(tl.float32)).to(q.dtype) if SPLIT else p_high
+            acc = _product(p_high, p_low, n, n_low, acc, SPLIT, SPLIT_QUEUE)
+    return acc, total, shift, cosines, above
+
+
+@triton.jit
+def _sweep(
+    q_desc, q_low_desc,  # (N, WIDTH) operands
+    queue_desc,  # (K, WIDTH)
+    pos,  # (N,) fp32
+    sums,  # (SHARES, N, C) fp32, if DQ
+    totals, shifts, cosines,  # (SHARES, N) fp32; cosines if SUMS
+    ranks,  # (SHARES, N) int32, if RANKS
+    N, K, C, tiles_per_share, scale, fixed_shift,
+    OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr, ONLINE: tl.constexpr, SPLIT: tl.constexpr, SPLIT_QUEUE: tl.constexpr,
+    DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    block, share = tl.program_id(0), tl.program_id(1)
+    first = share * tiles_per_share
+    last = tl.minimum(first + tiles_per_share, tl.cdiv(K, BLOCK_N))
+    q = q_desc.load([block * BLOCK_M, 0])
+    q_low = q_low_desc.load([block * BLOCK_M, 0]) if SPLIT else q
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    positive = tl.load(pos + row, mask=row < N, other=0)
+    acc, total, shift, cosine, above = _walk(
+        q, q_low, queue_desc, positive, first, last, K, scale, fixed_shift,
+        OFFSET, BLOCK_N, EVEN, ONLINE, SPLIT, SPLIT_QUEUE, DQ, SUMS, RANKS,
+    )  # fmt: skip
+    if not ONLINE:
+        # Infinite exponentials: rows of the queue longer than 1. Where the input is NaN it stays NaN.
+        finite = total < float("inf")
+        if DQ:
+            finite &= tl.sum(tl.abs(acc), axis=1) < float("inf")
+        if tl.min((finite | (row >= N)).to(tl.int32), axis=0) == 0:
+            acc, total, shift, cosine, above = _walk(
+                q, q_low, queue_desc, positive, first, last, K, scale, fixed_shift,
+                OFFSET, BLOCK_N, EVEN, True, SPLIT, SPLIT_QUEUE, DQ, SUMS, RANKS,
+            )  # fmt: skip
+
+    at = share.to(tl.int64) * N + row
+    tl.store(totals + at, total, mask=row < N)
+    tl.store(shifts + at, shift, mask=row < N)
+    if SUMS:
+        tl.store(cosines + at, cosine, mask=row < N)
+    if RANKS:
+        tl.store(ranks + at, above, mask=row < N)
+    if DQ:
+        col = tl.arange(0, BLOCK_C)[None, :]
+        tl.store(sums + at[:, None] * C + col, acc, mask=(row[:, None] < N) & (col < C))
+
+
+@triton.jit
+def _finish(
+    q, k,  # (N, C) raw
+    q_norm, k_norm, pos,  # (N,)
+    sums, totals, shifts, cosines, ranks,  # see _sweep
+    loss, dq, rank, neg,  # (N,) fp32, (N, C) fp32, (N,) int64, (N,) fp32
+    N, K, C, scale, inverse_t,
+    SHARES: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+    DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    share = tl.arange(0, BLOCK_S)
+    at = share.to(tl.int64) * N + row
+    own = share < SHARES
+    total = tl.load(totals + at, mask=own, other=0)
+    shift = tl.load(shifts + at, mask=own, other=float("-inf"))
+    positive = tl.load(pos + row)
+    s0 = positive * scale
+    top = tl.maximum(tl.max(shift, axis=0), s0)
+    weight = tl.where(own, tl.exp2(shift - top), 0.0)
+    negatives = tl.sum(total * weight, axis=0)
+    e = tl.exp2(s0 - top)
+    sum_all = negatives + e
+    # Where the positive dominates the loss is log(1 + ratio), with the digits that 1 + ratio would lose.
+    ratio = negatives / e
+    one = 1 + ratio
+    log1p = tl.where(one == 1, ratio, tl.log2(one) * LN2 * (ratio / tl.where(one == 1, 1.0, one - 1)))
+    value = tl.where(ratio <= 1, log1p, (tl.log2(sum_all) + (top - s0)) * LN2)
+    value += 0 * (negatives + positive)
+    if SUMS:
+        cosine = tl.sum(tl.load(cosines + at, mask=own, other=0), axis=0)
+        tl.store(neg + row, cosine / K)
+        value += 0 * cosine  # an infinite feature may have met exp(-inf) = 0
+    if RANKS:
+        tl.store(rank + row, tl.sum(tl.load(ranks + at, mask=own, other=0).to(tl.int64), axis=0))
+    if DQ:
+        col = tl.arange(0, BLOCK_C)
+        inside = col < C
+        mean = tl.zeros((BLOCK_C,), tl.float32)
+        for start in range(0, SHARES, CHUNK):
+            part = start + tl.arange(0, CHUNK)
+            from_ = part.to(tl.int64) * N + row
+            part_weight = tl.exp2(tl.load(shifts + from_, mask=part < SHARES, other=float("-inf")) - top)
+            tile = tl.load(
+                sums + from_[:, None] * C + col[None, :],
+                mask=(part < SHARES)[:, None] & inside[None, :],
+                other=0,
+            )
+            mean += tl.sum(tile * part_weight[:, None], axis=0)
+        mean /= sum_all
+        q_row = tl.load(q + row * C + col, mask=inside, other=0).to(tl.float32)
+        k_row = tl.load(k + row * C + col, mask=inside, other=0).to(tl.float32)
+        size, k_size = tl.load(q_norm + row), tl.load(k_norm + row)
+        length = tl.where(size < EPS, EPS, size)
+        q_hat, k_hat = q_row / length, k_row / tl.where(k_size < EPS, EPS, k_size)
+        dq_hat = (mean - (negatives / sum_all) * k_hat) * inverse_t
+        radial = tl.sum(q_hat * dq_hat, axis=0)
+        # A norm below EPS was clamped to a constant, through which no gradient flows.
+        dq_row = (dq_hat - tl.where(size < EPS, 0.0, radial) * q_hat) / length
+        tl.store(dq + row * C + col, dq_row, mask=inside)
+        value += 0 * tl.sum(tl.where(inside, mean, 0.0), axis=0)
+    tl.store(loss + row, value)
+
+
+def _key(n: int, block_c: int) -> tuple[str, int]:
+    return "few" if n <= 64 else "many", block_c
+
+
+def _shares(n: int, features: int, blocks: int, tiles: int, programs: int) -> int:
+    """How many programs divide the queue among them: enough to fill the GPU, within the scratch memory."""
+    affordable = SCRATCH_BYTES // (4 * n * features)
+    return max(1, min(triton.cdiv(programs, blocks), affordable, tiles))
+
+
+def _aligned(queue: Tensor) -> Tensor:
+    """The queue as TMA takes it: 16-byte aligned, rows a multiple of 16 bytes. A copy where it is not."""
+    missing = -queue.shape[1] % 8
+    if missing:
+        return torch.nn.functional.pad(queue, (0, missing))
+    return queue.clone() if queue.data_ptr() % 16 else queue
+
+
+def info_nce(
+    q: Tensor,  # (N, C)
+    k: Tensor,  # (N, C)
+    queue: Tensor,  # (K, C)
+    temperature: float,
+    precision: str,
+    need_dq: bool,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.info_nce`."""
+    q, k, queue = q.contiguous(), k.contiguous(), _aligned(queue.contiguous())
+    n, features = q.shape
+    slots, width = queue.shape
+    operand = torch.bfloat16 if precision == "medium" else torch.float16
+    split = precision == "highest"
+    split_queue = split and queue.dtype != torch.float16
+    online = temperature < FIXED_SHIFT_FROM[operand]
+    sums_wanted = need_stats or not need_dq  # without dq nothing else would notice an infinite feature
+    scale = LOG2E / temperature
+
+    block_c = max(32, triton.next_power_of_2(features))
+    block_m, block_n, warps, stages, per_sm = TILES[_key(n, block_c)]
+    blocks, tiles = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
+    shares = _shares(n, features, blocks, tiles, per_sm * multiprocessors(q.device))
+    tiles_per_share = triton.cdiv(tiles, shares)
+    shares = triton.cdiv(tiles, tiles_per_share)
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    q_high = scratch(n, width, dtype=operand)
+    q_low = scratch(n, width, dtype=operand) if split else q_high
+    q_norm, k_norm, pos, loss = (scratch(n) for _ in range(4))
+    sums = scratch(shares, n, features) if need_dq else loss
+    totals, shifts = scratch(shares, n), scratch(shares, n)
+    cosines = scratch(shares, n) if sums_wanted else loss
+    ranks = scratch(shares, n, dtype=torch.int32) if need_stats else loss
+    dq = scratch(n if need_dq else 0, features)
+    stats = n if need_stats else 0
+    rank, neg = scratch(stats, dtype=torch.int64), scratch(n if sums_wanted else 0)
+
+    rows = max(1, 4096 // block_c)
+    _prepare[(triton.cdiv(n, rows),)](
+        q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
+        WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split,
+    )  # fmt: skip
+    block = [block_m, block_c]
+    _sweep[(blocks, shares)](
+        TensorDescriptor.from_tensor(q_high, block), TensorDescriptor.from_tensor(q_low, block),
+        TensorDescriptor.from_tensor(queue, [block_n, block_c]),
+        pos, sums, totals, shifts, cosines, ranks,
+        n, slots, features, tiles_per_share, scale, scale - OFFSET[operand],
+        OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+        EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
+        DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    _finish[(n,)](
+        q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
+        n, slots, features, scale, 1 / temperature,
+        SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), CHUNK=rows, BLOCK_C=block_c,
+        DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
+    )  # fmt: skip
+    return loss, dq, rank, pos[:stats], neg[:stats]
