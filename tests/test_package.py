@@ -138,12 +138,6 @@ def test_an_op_has_one_name_everywhere(op):
     assert op in moco_fast.__all__ and hasattr(torch.ops.moco_fast, op)
     assert hasattr(reference, op) and hasattr(native, op)
     assert hasattr(checks, name)
-    for path in (
-        f"csrc/{name}.h",
-        f"csrc/{name}_cpu.cpp",
-        f"tests/test_{name}.py",
-        f"bench/bench_{name}.py",
-        f"kernels/{name}.py",
-    ):
+    for path in (f"csrc/{name}.h", f"csrc/{name}_cpu.cpp", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
         assert (root / path).exists(), path
     assert f"`{op}`" in (root / "CHANGELOG.md").read_text()
