@@ -19,6 +19,14 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Every device this machine has."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU that torch can use")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test starts from one seed, and hands on the number of threads it found."""
