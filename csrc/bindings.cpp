@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -65,20 +66,6 @@ void info_nce_finish(Address max, Address sum, Address cosine_sum, Address pos, 
                          threads});
 }
 
-void ema_update(const std::vector<Address>& targets, const std::vector<Address>& sources,
-                const std::vector<int64_t>& sizes, const std::vector<int>& target_dtypes,
-                const std::vector<int>& source_dtypes, double m, int threads) {
-    const std::size_t count = targets.size();
-    if (sources.size() != count || sizes.size() != count || target_dtypes.size() != count ||
-        source_dtypes.size() != count)
-        throw std::invalid_argument("ema_update: the lists differ in length");
-    std::vector<mf::EmaPair> pairs;
-    for (std::size_t i = 0; i < count; ++i)
-        pairs.push_back({at<void>(targets[i]), at<void>(sources[i]), sizes[i], dtype(target_dtypes[i], true),
-                         dtype(source_dtypes[i], true)});
-    mf::ema_update(pairs, m, threads);
-}
-
 const mf::dlpack::ExchangeApi* exchange_api = nullptr;
 
 bool read_tensors_through(const py::capsule& capsule) {
@@ -126,21 +113,98 @@ bool tensors_pair_up(const py::list& targets, const py::list& sources) {
     });
 }
 
-bool ema_update_tensors(const py::list& targets, const py::list& sources, double m, int threads) {
-    std::vector<mf::EmaPair> pairs;
-    const bool simple = for_each_pair(targets, sources, [&](const auto& target, const auto& source) {
-        const int target_dtype = dtype_code(target.dtype), source_dtype = dtype_code(source.dtype);
-        pairs.push_back({target.data, source.data, mf::dlpack::numel(target), mf::DType(target_dtype),
-                         mf::DType(source_dtype)});
-        return target.device.type == mf::dlpack::kCpu && target_dtype >= 0 && source_dtype >= 0 &&
-               (target_dtype == 3) == (source_dtype == 3) &&
-               ((mf::dlpack::contiguous(target) && mf::dlpack::contiguous(source)) ||
-                (mf::dlpack::channels_last(target) && mf::dlpack::channels_last(source)));
-    });
-    if (!simple) return false;
-    py::gil_scoped_release release;
-    mf::ema_update(pairs, m, threads);
-    return true;
+// Rows of tensors and the device they are on, opaque to Python.
+struct Rows {
+    mf::TensorRows rows;
+    mf::dlpack::Device device{};
+};
+
+// Roles as lists of addresses (0: none), sizes, and roles as lists of dtype codes: for torch < 2.10.
+Rows rows_of(const std::vector<std::vector<Address>>& roles, const std::vector<int64_t>& sizes,
+             const std::vector<std::vector<int>>& dtypes, int device_type, int device_id) {
+    Rows result{{}, {device_type, device_id}};
+    if (roles.size() > mf::TensorRow::kMaxRoles || dtypes.size() != roles.size())
+        throw std::invalid_argument("a row holds at most " + std::to_string(mf::TensorRow::kMaxRoles) +
+                                    " tensors, each with a dtype");
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        mf::TensorRow row{};
+        row.size = sizes[i];
+        for (std::size_t role = 0; role < roles.size(); ++role) {
+            row.data[role] = at<void>(roles[role].at(i));
+            row.dtype[role] = dtype(dtypes[role].at(i), true);
+        }
+        result.rows.push_back(row);
+    }
+    return result;
+}
+
+// False for a row that is not one stretch of memory per tensor, all in the same order, on the device, with
+// dtypes that mix: float64 with float64 only, or one for all if `uniform`.
+bool read_row(const std::vector<py::object>& roles, std::size_t i, bool uniform,
+              const mf::dlpack::Device& device, mf::TensorRow& row) {
+    mf::dlpack::Tensor first, tensor;
+    bool contiguous = true, channels_last = true;
+    for (std::size_t role = 0; role < roles.size(); ++role) {
+        const py::handle object = PyList_GET_ITEM(roles[role].ptr(), Py_ssize_t(i));
+        if (role > 0 && object.is_none()) continue;
+        if (!read(object, tensor)) return false;
+        const int code = dtype_code(tensor.dtype);
+        if (code < 0 || !(tensor.device == device)) return false;
+        if (role == 0) {
+            first = tensor;
+            row.size = mf::dlpack::numel(tensor);
+        } else if (tensor.ndim != first.ndim ||
+                   !std::equal(tensor.shape, tensor.shape + tensor.ndim, first.shape))
+            return false;
+        row.data[role] = tensor.data;
+        row.dtype[role] = mf::DType(code);
+        contiguous = contiguous && mf::dlpack::contiguous(tensor);
+        channels_last = channels_last && mf::dlpack::channels_last(tensor);
+        const int own = int(row.dtype[0]);
+        if (uniform ? own != code : (own == 3) != (code == 3)) return false;
+    }
+    return contiguous || channels_last;
+}
+
+// The rows that kernels can take, and the numbers of the others. Every role is a list of tensors, or of None
+// where a parameter has none (not in the first role).
+std::pair<Rows, std::vector<int64_t>> read_tensors(const std::vector<py::object>& roles, bool uniform,
+                                                   int device_type, int device_id) {
+    if (roles.empty() || roles.size() > mf::TensorRow::kMaxRoles || !exchange_api)
+        throw std::invalid_argument("read_tensors: no exchange table, or not 1 to " +
+                                    std::to_string(mf::TensorRow::kMaxRoles) + " roles");
+    for (const py::object& role : roles)
+        if (!PyList_Check(role.ptr()) || PyList_GET_SIZE(role.ptr()) != PyList_GET_SIZE(roles[0].ptr()))
+            throw std::invalid_argument("read_tensors: roles must be lists of one length");
+    std::pair<Rows, std::vector<int64_t>> result{{{}, {device_type, device_id}}, {}};
+    auto& [rows, rest] = result;
+    for (std::size_t i = 0; i < std::size_t(PyList_GET_SIZE(roles[0].ptr())); ++i) {
+        mf::TensorRow row{};
+        if (read_row(roles, i, uniform, rows.device, row))
+            rows.rows.push_back(row);
+        else
+            rest.push_back(int64_t(i));
+    }
+    return result;
+}
+
+// (value, address on the GPU or 0, dtype code of what is there)
+using PyScalar = std::tuple<double, Address, int>;
+
+mf::Scalar scalar(const PyScalar& from) {
+    return {std::get<0>(from), at<const void>(std::get<1>(from)), dtype(std::get<2>(from), true)};
+}
+
+#if defined(MOCO_FAST_CUDA)
+bool on_gpu(const Rows& rows) { return rows.device.type == mf::dlpack::kCuda; }
+mf::CudaStream place(const Rows& rows, Address stream) { return {rows.device.id, at<void>(stream)}; }
+#endif
+
+void ema_update(const Rows& rows, const PyScalar& m, int threads, [[maybe_unused]] Address stream) {
+#if defined(MOCO_FAST_CUDA)
+    if (on_gpu(rows)) return mf::ema_update_cuda(rows.rows, scalar(m), place(rows, stream));
+#endif
+    mf::ema_update(rows.rows, scalar(m).value, threads);
 }
 
 void enqueue(Address queue, int queue_dtype, int64_t slots, int64_t features, Address ptr, Address keys,
@@ -211,17 +275,26 @@ PYBIND11_MODULE(_C, m) {
           "q_hat, k_hat (N, C) f32 unit, norm (N) f32 = |q| before clamping. dq = 0: forward only, weighted, "
           "q_hat,\n"
           "k_hat and norm are not read.");
-    m.def("ema_update", &ema_update, py::arg("targets"), py::arg("sources"), py::arg("sizes"),
-          py::arg("target_dtypes"), py::arg("source_dtypes"), py::arg("m"), py::arg("threads"), Release(),
-          "target <- m * target + (1 - m) * source over lists of addresses, sizes and dtype codes.");
     m.def("read_tensors_through", &read_tensors_through, py::arg("exchange_api"),
           "Use torch's DLPack exchange table; whether its version is one this understands.");
     m.def("tensors_pair_up", &tensors_pair_up, py::arg("targets"), py::arg("sources"),
           "Whether the lists hold floating-point tensors of pairwise equal shapes, all on one device.");
-    m.def("ema_update_tensors", &ema_update_tensors, py::arg("targets"), py::arg("sources"), py::arg("m"),
-          py::arg("threads"),
-          "ema_update over lists of CPU tensors, or False with nothing written if a pair is not in one "
-          "stretch of\nmemory each, in the same order.");
+    py::class_<Rows>(m, "Rows",
+                     "Tensors that belong together, row by row: what the multi-tensor kernels take.")
+        .def(py::init(&rows_of), py::arg("roles"), py::arg("sizes"), py::arg("dtypes"),
+             py::arg("device_type"), py::arg("device_id"),
+             "From lists of addresses (0: none) and of dtype codes, one per role.");
+    m.def(
+        "read_tensors", &read_tensors, py::arg("roles"), py::arg("uniform"), py::arg("device_type"),
+        py::arg("device_id"),
+        "(Rows, indices left out) of lists of tensors, one per role; None where a row has no such tensor. "
+        "Left out is\nwhat is not in one stretch of memory per tensor, in the same order, on the device, of "
+        "dtypes that mix.");
+    m.def(
+        "ema_update", &ema_update, py::arg("rows"), py::arg("m"), py::arg("threads"), py::arg("stream"),
+        Release(),
+        "target <- m * target + (1 - m) * source; rows are (target, source[, master]), m is (value, address "
+        "on the\nGPU or 0, dtype code of what is there). On a GPU the kernel is queued in the stream.");
     m.def("enqueue", &enqueue, py::arg("queue"), py::arg("queue_dtype"), py::arg("slots"),
           py::arg("features"), py::arg("ptr"), py::arg("keys"), py::arg("keys_dtype"), py::arg("n"),
           py::arg("threads"), Release(),

@@ -1,88 +1,84 @@
 // Compiled with -ffp-contract=off: see the rounding promised in ema_update.h.
-#include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
+#include "chunks.h"
 #include "ema_update.h"
-#include "parallel.h"
 
 namespace moco_fast {
 namespace {
 
-// 64 KB of fp32 per array: long enough for the prefetcher, short enough to balance a small model.
-constexpr int64_t kChunk = 16384;
 // One cache line of fp32, and how far ahead lines are asked for: the hardware stops at every 4 KB page.
 constexpr int64_t kBlock = 16, kAhead = 512;
 
-struct Chunk {
-    const EmaPair* pair;
-    int64_t begin, end;
-};
+// The rounded copy of a state that is its own target.
+struct NoCopy {};
 
-template <class T, class S>
-void update(const Chunk& chunk, float m, float rest) {
-    T* target = static_cast<T*>(chunk.pair->target);
-    const S* source = static_cast<const S*>(chunk.pair->source);
+template <class State, class Source, class Copy>
+void update(State* state, const Source* source, Copy* copy, const Chunk& chunk, float m, float rest) {
     for (int64_t block = chunk.begin; block < chunk.end; block += kBlock) {
-        __builtin_prefetch(target + block + kAhead, 1);
+        __builtin_prefetch(state + block + kAhead, 1);
         __builtin_prefetch(source + block + kAhead, 0);
         const int64_t end = std::min(block + kBlock, chunk.end);
 #pragma omp simd
-        for (int64_t i = block; i < end; ++i)
-            from_float(to_float(target[i]) * m + to_float(source[i]) * rest, target[i]);
+        for (int64_t i = block; i < end; ++i) {
+            from_float(to_float(state[i]) * m + to_float(source[i]) * rest, state[i]);
+            if constexpr (!std::is_same_v<Copy, NoCopy>) from_float(to_float(state[i]), copy[i]);
+        }
     }
 }
 
-void update_f64(const Chunk& chunk, double m, double rest) {
-    double* target = static_cast<double*>(chunk.pair->target);
-    const double* source = static_cast<const double*>(chunk.pair->source);
+void update_f64(double* target, const double* source, const Chunk& chunk, double m, double rest) {
 #pragma omp simd
     for (int64_t i = chunk.begin; i < chunk.end; ++i) target[i] = target[i] * m + source[i] * rest;
 }
 
-template <class T>
-void update_from(const Chunk& chunk, float m, float rest) {
-    switch (chunk.pair->source_dtype) {
+// visit(pointer) with a pointer to the type that dtype names, which is not f64.
+template <class Visit>
+void with_type(DType dtype, void* data, Visit visit) {
+    switch (dtype) {
         case DType::f32:
-            return update<T, float>(chunk, m, rest);
+            return visit(static_cast<float*>(data));
         case DType::bf16:
-            return update<T, bf16_t>(chunk, m, rest);
+            return visit(static_cast<bf16_t*>(data));
         default:
-            return update<T, f16_t>(chunk, m, rest);
+            return visit(static_cast<f16_t*>(data));
     }
 }
 
-void update(const Chunk& chunk, double m) {
-    switch (chunk.pair->target_dtype) {
-        case DType::f64:
-            return update_f64(chunk, m, 1.0 - m);
-        case DType::f32:
-            return update_from<float>(chunk, float(m), float(1.0 - m));
-        case DType::bf16:
-            return update_from<bf16_t>(chunk, float(m), float(1.0 - m));
-        default:
-            return update_from<f16_t>(chunk, float(m), float(1.0 - m));
-    }
+void update(const TensorRow& row, const Chunk& chunk, double m) {
+    void *target = row.data[ema::kTarget], *source = row.data[ema::kSource], *master = row.data[ema::kMaster];
+    const DType dtype = row.dtype[ema::kTarget];
+    if (dtype == DType::f64)
+        return update_f64(static_cast<double*>(target), static_cast<double*>(source), chunk, m, 1.0 - m);
+    const float keep = float(m), rest = float(1.0 - m);
+    with_type(row.dtype[ema::kSource], source, [&](auto* from) {
+        with_type(dtype, target, [&](auto* to) {
+            if (master)
+                update(static_cast<float*>(master), from, to, chunk, keep, rest);
+            else
+                update(to, from, static_cast<NoCopy*>(nullptr), chunk, keep, rest);
+        });
+    });
 }
 
 }  // namespace
 
-void ema_update(const std::vector<EmaPair>& pairs, double m, int threads) {
-    std::vector<Chunk> chunks;
-    int64_t total = 0;
-    for (const EmaPair& pair : pairs) {
-        if (pair.size < 0) throw std::invalid_argument("ema_update: a tensor has a negative size");
-        if ((pair.target_dtype == DType::f64) != (pair.source_dtype == DType::f64))
-            throw std::invalid_argument("ema_update: float64 mixes with float64 only");
-        total += pair.size;
-        for (int64_t at = 0; at < pair.size; at += kChunk)
-            chunks.push_back({&pair, at, std::min(at + kChunk, pair.size)});
+void ema::check(const TensorRows& rows) {
+    for (const TensorRow& row : rows) {
+        if (row.size < 0) throw std::invalid_argument("ema_update_: a tensor has a negative size");
+        const bool f64 = row.dtype[kTarget] == DType::f64;
+        if (f64 != (row.dtype[kSource] == DType::f64) ||
+            (row.data[kMaster] && (f64 || row.dtype[kMaster] != DType::f32)))
+            throw std::invalid_argument(
+                "ema_update_: float64 mixes with float64 only, and a master is float32");
     }
-    const int64_t count = int64_t(chunks.size());
-    // Below this many values one thread is done before the others wake, which on a busy machine takes
-    // milliseconds.
-    constexpr int64_t kParallelValues = 1 << 18;
-#pragma omp parallel for num_threads(std::max(1, threads)) schedule(dynamic, 8) if (total > kParallelValues)
-    for (int64_t i = 0; i < count; ++i) update(chunks[i], m);
+}
+
+void ema_update(const TensorRows& rows, double m, int threads) {
+    ema::check(rows);
+    for_each_chunk(chunks_of(rows), threads,
+                   [&](int64_t, const Chunk& chunk) { update(rows[chunk.row], chunk, m); });
 }
 
 }  // namespace moco_fast

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moco_fast import reference
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
 OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
@@ -34,7 +36,7 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
             return f"it runs on the GPU, the tensors are on {tensor.device}"
         if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < OLDEST:
             return "it needs a GPU of compute capability 8.0 or newer"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES and not (op == "ema_update_" and tensor.dtype == torch.float64):
             return f"it has no {tensor.dtype} kernel"
         if op == "info_nce" and tensor.shape[-1] > MAX_FEATURES:
             return f"it holds rows of up to {MAX_FEATURES} features in registers, got {tensor.shape[-1]}"
@@ -45,8 +47,24 @@ def info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.info_nce`."""
-    from moco_fast.kernels import info_nce as kernel
-    from moco_fast.kernels.common import on_device_of
+    from moco_fast.kernels.info_nce import info_nce
 
-    with on_device_of(q):
-        return kernel.info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
+    return info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
+
+
+def ema_update_(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor, masters: Sequence[Tensor] = ()
+) -> None:
+    """See :func:`moco_fast.reference.ema_update_`."""
+    from moco_fast.kernels.ema_update import ema_update_
+
+    ema_update_(targets, sources, m, masters)
+
+
+def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None) -> None:
+    """See :func:`moco_fast.reference.enqueue_`."""
+    from moco_fast.kernels.enqueue import enqueue_
+
+    if not queue.is_contiguous() or not (mirror is None or mirror.is_contiguous()):
+        return reference.enqueue_(queue, ptr, keys, mirror)
+    enqueue_(queue, ptr, keys, mirror)

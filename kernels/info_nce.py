@@ -29,16 +29,18 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from moco_fast.kernels.common import (
     EPS,
     LN2,
     LOG2E,
     multiprocessors,
+    on_device_of,
     row_norms,
     widened,
 )
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (rows class, padded C).
 # Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another (tests/test_aot.py).
@@ -328,24 +330,25 @@ def info_nce(
     rank, neg = scratch(stats, dtype=torch.int64), scratch(n if sums_wanted else 0)
 
     rows = max(1, 4096 // block_c)
-    _prepare[(triton.cdiv(n, rows),)](
-        q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
-        WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split,
-    )  # fmt: skip
     block = [block_m, block_c]
-    _sweep[(blocks, shares)](
-        TensorDescriptor.from_tensor(q_high, block), TensorDescriptor.from_tensor(q_low, block),
-        TensorDescriptor.from_tensor(queue, [block_n, block_c]),
-        pos, sums, totals, shifts, cosines, ranks,
-        n, slots, features, tiles_per_share, scale, scale - OFFSET[operand],
-        OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-        EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
-        DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    _finish[(n,)](
-        q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
-        n, slots, features, scale, 1 / temperature,
-        SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), CHUNK=rows, BLOCK_C=block_c,
-        DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
-    )  # fmt: skip
+    with on_device_of(q):
+        _prepare[(triton.cdiv(n, rows),)](
+            q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
+            WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split,
+        )  # fmt: skip
+        _sweep[(blocks, shares)](
+            TensorDescriptor.from_tensor(q_high, block), TensorDescriptor.from_tensor(q_low, block),
+            TensorDescriptor.from_tensor(queue, [block_n, block_c]),
+            pos, sums, totals, shifts, cosines, ranks,
+            n, slots, features, tiles_per_share, scale, scale - OFFSET[operand],
+            OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+            EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
+            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        _finish[(n,)](
+            q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
+            n, slots, features, scale, 1 / temperature,
+            SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), CHUNK=rows, BLOCK_C=block_c,
+            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
+        )  # fmt: skip
     return loss, dq, rank, pos[:stats], neg[:stats]

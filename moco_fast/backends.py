@@ -1,7 +1,7 @@
 """Which backend serves which op.
 
-Backends in order of preference: ``native`` (C++ on the CPU, CUDA C++ on the
-GPU), ``triton`` (on the GPU) and ``reference`` (PyTorch, anywhere). Left alone,
+Backends in order of preference: ``native`` (C++ on the CPU, CUDA C++ for
+some ops), ``triton`` (on the GPU) and ``reference`` (PyTorch, anywhere). Left alone,
 an op takes the first backend that serves its tensors. ``MOCO_FAST_BACKEND=name``
 or :func:`use_backend` forces one, and then an op it cannot serve raises instead
 of falling back.

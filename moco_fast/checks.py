@@ -70,6 +70,16 @@ def momentum(value: object, name: str = "m") -> float:
     return result
 
 
+def scalar_tensor(name: str, value: Tensor, beside_name: str, beside: Tensor) -> None:
+    """Raise unless ``value`` is a 0-d floating-point tensor on the CPU or beside the tensors it scales."""
+    if value.ndim != 0 or not value.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} must be a number or a 0-d floating-point tensor, got {value.dtype} {tuple(value.shape)}"
+        )
+    if value.device.type != "cpu":
+        same_device(beside_name, beside, name, value)
+
+
 def same_device(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
     """Raise unless both tensors are on one device."""
     if first.device != value.device:
@@ -102,7 +112,9 @@ def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tenso
     return q, k, queue
 
 
-def enqueue(queue: object, ptr: object, keys: object) -> tuple[Tensor, Tensor, Tensor]:
+def enqueue(
+    queue: object, ptr: object, keys: object, mirror: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Check the tensors of :func:`moco_fast.enqueue_`."""
     queue = tensor("queue", queue, ndim=2)
     keys = tensor("keys", keys, ndim=2)
@@ -121,7 +133,17 @@ def enqueue(queue: object, ptr: object, keys: object) -> tuple[Tensor, Tensor, T
     same_device("queue", queue, "keys", keys)
     if queue.requires_grad:
         raise ValueError("queue requires grad, but enqueue_ overwrites it in place: pass queue.detach()")
-    return queue, ptr, keys
+    if mirror is None:
+        return queue, ptr, keys, None
+    mirror = tensor("mirror", mirror, ndim=2)
+    if mirror.shape != queue.shape:
+        raise ValueError(
+            f"mirror must have the shape of queue, {tuple(queue.shape)}, got {tuple(mirror.shape)}"
+        )
+    same_device("queue", queue, "mirror", mirror)
+    if mirror.requires_grad:
+        raise ValueError("mirror requires grad, but enqueue_ overwrites it in place: pass mirror.detach()")
+    return queue, ptr, keys, mirror
 
 
 def ema_update(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -135,6 +157,29 @@ def ema_update(targets: list[Tensor], sources: list[Tensor]) -> None:
         return
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         _check_pair(i, targets[0], target, source)
+
+
+def ema_masters(targets: list[Tensor], masters: list[Tensor]) -> None:
+    """Check the masters of :func:`moco_fast.ema_update_`, whose targets are checked."""
+    if len(masters) != len(targets):
+        raise ValueError(
+            f"masters must pair up with targets: got {len(masters)} masters, {len(targets)} targets"
+        )
+    for i, (target, master) in enumerate(zip(targets, masters, strict=True)):
+        if not isinstance(master, Tensor):
+            raise TypeError(f"masters[{i}] must be a torch.Tensor, got {type(master).__name__}")
+        if master.dtype != torch.float32:
+            raise TypeError(f"masters[{i}] must be torch.float32, got {master.dtype}")
+        if target.dtype == torch.float64:
+            raise TypeError(f"targets[{i}] is torch.float64, more than its master masters[{i}] can hold")
+        if master.shape != target.shape:
+            raise ValueError(
+                f"masters[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, "
+                f"got {tuple(master.shape)}"
+            )
+        same_device(f"targets[{i}]", target, f"masters[{i}]", master)
+        if master.requires_grad:
+            raise ValueError(f"masters[{i}] requires grad, but the EMA overwrites it: pass master.detach()")
 
 
 def _check_pair(i: int, first: Tensor, target: object, source: object) -> None:

@@ -31,10 +31,11 @@ _READS_TENSORS = (
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-# Dtypes of target and source that have a kernel together: float64 mixes with no other.
-EMA_DTYPES = {
-    (target, source) for target in range(4) for source in range(4) if (target == 3) == (source == 3)
-}
+# Ops over lists of tensors, with kernels for the CPU and for GPUs, in float64 too.
+MULTI_TENSOR = ("ema_update_",)
+
+# Device types as DLPack numbers them.
+DEVICES = {"cpu": 1, "cuda": 2}
 
 FP32: Any = {"dtype": torch.float32, "device": "cpu"}
 
@@ -66,9 +67,13 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
     if _C is None:
         return unavailable()
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        kind = tensor.device.type
+        if kind == "cuda" and op in MULTI_TENSOR:
+            if not _C.has_cuda or torch.version.cuda is None:
+                return f"it was built without CUDA, the tensors are on {tensor.device}"
+        elif kind != "cpu":
             return f"it runs on the CPU, the tensors are on {tensor.device}"
-        if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and op != "ema_update_"):
+        if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and op not in MULTI_TENSOR):
             return f"it has no {tensor.dtype} kernel"
     return None
 
@@ -158,47 +163,83 @@ def _gemm_in_bf16() -> Iterator[None]:
             settings.fp32_precision = before
 
 
-def ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor) -> None:
+def ema_update_(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor, masters: Sequence[Tensor] = ()
+) -> None:
     """See :func:`moco_fast.reference.ema_update_`."""
-    if _READS_TENSORS and _C.ema_update_tensors(targets, sources, float(m), torch.get_num_threads()):
-        return
-    kinds = [
-        (DTYPES.get(target.dtype), DTYPES.get(source.dtype)) if _one_stretch(target, source) else None
-        for target, source in zip(targets, sources, strict=True)
-    ]
-    if not EMA_DTYPES.issuperset(kinds):  # some pairs are left to the reference
-        rest = [i for i, kind in enumerate(kinds) if kind not in EMA_DTYPES]
-        reference.ema_update_([targets[i] for i in rest], [sources[i] for i in rest], m)
-        keep = [i for i, kind in enumerate(kinds) if kind in EMA_DTYPES]
-        targets, sources = [targets[i] for i in keep], [sources[i] for i in keep]
-        kinds = [kinds[i] for i in keep]
-    if kinds:
-        # map() over methods: for a hundred small parameters these lists cost as much as the update.
-        _C.ema_update(
-            list(map(Tensor.data_ptr, targets)),
-            list(map(Tensor.data_ptr, sources)),
-            list(map(Tensor.numel, targets)),
-            *zip(*kinds, strict=True),
-            float(m),
-            torch.get_num_threads(),
-        )
+    device = targets[0].device
+    if m.is_cuda and m.dtype not in (torch.float32, torch.float64):
+        m = m.double()
+    roles = [list(targets), list(sources), *([list(masters)] if masters else [])]
+    rows, rest = _rows(roles, device)
+    if rest:
+        left, taken, *averages = _take(roles, rest)
+        reference.ema_update_(left, taken, m, *averages)
+    _C.ema_update(rows, _scalar(m), torch.get_num_threads(), _stream(device))
 
 
-def _one_stretch(target: Tensor, source: Tensor) -> bool:
-    """Whether both tensors fill one stretch of memory, in the same order."""
-    if target.is_contiguous() and source.is_contiguous():
-        return True
+def _rows(
+    roles: list[list],  # of tensors or None, one list per role
+    device: torch.device,
+    *,
+    uniform: bool = False,
+) -> tuple[Any, list[int]]:
+    """Addresses of tensors that belong together, row by row, and the indices of rows without a kernel.
+
+    A kernel takes tensors that each fill one stretch of memory, in the same order, of dtypes that mix:
+    float64 with float64 only, or one dtype for all if ``uniform``.
+    """
+    where = DEVICES[device.type], device.index or 0
+    if _READS_TENSORS:
+        return _C.read_tensors(roles, uniform, *where)
+    good: list[int] = []
+    rest: list[int] = []
+    for i, row in enumerate(zip(*roles, strict=True)):
+        (good if _fits([t for t in row if t is not None], device, uniform) else rest).append(i)
+    kept = _take(roles, good)
+    addresses = [[0 if t is None else t.data_ptr() for t in role] for role in kept]
+    dtypes = [[0 if t is None else DTYPES[t.dtype] for t in role] for role in kept]
+    return _C.Rows(addresses, [t.numel() for t in kept[0]], dtypes, *where), rest
+
+
+def _fits(tensors: list[Tensor], device: torch.device, uniform: bool) -> bool:
+    """Whether a kernel takes these tensors together."""
+    dtypes = {tensor.dtype for tensor in tensors}
     return (
-        target.ndim == 4
-        and target.is_contiguous(memory_format=torch.channels_last)
-        and source.is_contiguous(memory_format=torch.channels_last)
+        dtypes <= DTYPES.keys()
+        and (len(dtypes) == 1 or not (uniform or torch.float64 in dtypes))
+        and all(tensor.device == device and tensor.shape == tensors[0].shape for tensor in tensors)
+        and (
+            all(tensor.is_contiguous() for tensor in tensors)
+            or (
+                tensors[0].ndim == 4
+                and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors)
+            )
+        )
     )
 
 
-def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+def _take(roles: list[list], indices: list[int]) -> list[list]:
+    """The given rows of every role."""
+    return [[role[i] for i in indices] for role in roles]
+
+
+def _scalar(x: float | Tensor) -> tuple[float, int, int]:
+    """A number as the kernels take it: its value, or where it is on a GPU and as which dtype."""
+    if isinstance(x, Tensor) and x.is_cuda:
+        return 0.0, x.data_ptr(), DTYPES[x.dtype]
+    return float(x), 0, DTYPES[torch.float64]
+
+
+def _stream(device: torch.device) -> int:
+    """The address of torch's current stream on a GPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None) -> None:
     """See :func:`moco_fast.reference.enqueue_`."""
-    if not queue.is_contiguous():
-        return reference.enqueue_(queue, ptr, keys)
+    if mirror is not None or not queue.is_contiguous():  # on a CPU nothing reads a mirror
+        return reference.enqueue_(queue, ptr, keys, mirror)
     keys = keys.contiguous()
     _C.enqueue(
         queue.data_ptr(), DTYPES[queue.dtype], *queue.shape, ptr.data_ptr(),

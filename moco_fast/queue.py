@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moco_fast import checks, ops
+from moco_fast import backends, checks, ops
 
 
 class KeyQueue(nn.Module):
@@ -32,6 +32,8 @@ class KeyQueue(nn.Module):
 
     queue: Tensor
     queue_ptr: Tensor
+    _mirror: Tensor | None
+    _mirrored: int  # version of the buffer that the mirror shows
 
     def __init__(self, dim: int = 128, K: int = 65536) -> None:
         super().__init__()
@@ -42,14 +44,42 @@ class KeyQueue(nn.Module):
         self.register_buffer("queue", columns.t().contiguous().t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
+        self._forget_mirror()
+
     @property
     def rows(self) -> Tensor:
         """The keys as rows, (K, dim): a view of the buffer."""
         return self.queue.t()
+
+    @property
+    def negatives(self) -> Tensor:
+        """The keys as rows, (K, dim), as :func:`moco_fast.info_nce` reads them fastest.
+
+        For Triton's kernels a float16 mirror of the buffer, which :meth:`enqueue_` keeps in step; it is
+        made anew after any other write that torch knows of (not one through ``.data``). Else :attr:`rows`.
+        """
+        if torch.compiler.is_compiling() or backends.choose("info_nce", (self.queue,)) is not backends.triton:
+            return self.rows
+        if self._mirror is None or self._mirrored != self.queue._version:
+            self._mirror, self._mirrored = self.rows.to(torch.float16), self.queue._version
+        return self._mirror
 
     def enqueue_(
         self,
         keys: Tensor,  # (N, dim), raw, N <= K
     ) -> None:
         """Replace the oldest keys; see :func:`moco_fast.enqueue_`."""
-        ops.enqueue_(self.rows, self.queue_ptr, keys)
+        in_step = self._mirror is not None and self._mirrored == self.queue._version
+        ops.enqueue_(self.rows, self.queue_ptr, keys, self._mirror if in_step else None)
+        if in_step:
+            self._mirrored = self.queue._version
+
+    def _forget_mirror(self) -> None:
+        self._mirror, self._mirrored = None, -1
+
+    def _apply(self, *args, **kwargs):
+        self._forget_mirror()  # another device or dtype, and another count of versions
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_mirror": None, "_mirrored": -1}  # copies and pickles make their own

@@ -88,23 +88,32 @@ def ema_update_(
     targets: Sequence[Tensor],  # any shapes
     sources: Sequence[Tensor],  # same shapes and order
     m: Tensor,  # () on the CPU or on the tensors' device
+    masters: Sequence[Tensor] = (),  # fp32, one per target, or none at all
 ) -> None:
-    """``target <- m * target + (1 - m) * source`` for every pair, in place."""
-    for target, source in zip(targets, sources, strict=True):
-        dtype = compute_dtype(target, source)
+    """``target <- m * target + (1 - m) * source`` for every pair, in place.
+
+    With masters ``master <- m * master + (1 - m) * source`` and ``target <- master``, rounded.
+    """
+    for state, target, source in zip(masters or targets, targets, sources, strict=True):
+        dtype = compute_dtype(state, source)
         # (1 - m) is rounded once, from the precision m came in, as a Python scalar would be.
         keep, take = m.to(dtype), (1 - m).to(dtype)
-        target.copy_(target.to(dtype) * keep + source.to(dtype) * take)
+        state.copy_(state.to(dtype) * keep + source.to(dtype) * take)
+        if state is not target:
+            target.copy_(state)
 
 
 def enqueue_(
     queue: Tensor,  # (K, C)
     ptr: Tensor,  # (1,) int64
     keys: Tensor,  # (N, C), raw, N <= K
+    mirror: Tensor | None = None,  # (K, C)
 ) -> None:
     """Write the normalised keys to rows ``ptr, ptr + 1, ...`` modulo K and advance ``ptr``."""
     slots, count = queue.shape[0], keys.shape[0]
     rows, _ = normalise(keys.to(compute_dtype(queue, keys)))
     index = (ptr + torch.arange(count, device=queue.device)) % slots
     queue.index_copy_(0, index, rows.to(queue.dtype))
+    if mirror is not None:
+        mirror.index_copy_(0, index, rows.to(mirror.dtype))
     ptr.copy_((ptr + count) % slots)

@@ -9,9 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from moco_fast.kernels import backend as triton
-
 from moco_fast import backends, native
+from moco_fast.kernels import backend as triton
 
 # (backend, device): on a GPU machine every backend runs there too, and Triton nowhere else.
 PLACES = [("reference", "cpu"), ("native", "cpu"), ("triton", "cpu")]
@@ -25,18 +24,35 @@ if torch.cuda.is_available():
         for place in PLACES
     ]
 )
-def backend(request):
-    """Force one backend, and make its device the default one; skip, by name, where it cannot serve.
-
-    A test file that uses this names its op in ``OP``.
-    """
+def place(request):
+    """A backend and the device it runs on; skips, by name, where the file's ``OP`` has none."""
     name, device = request.param
-    probe = torch.empty((1, 1), device=device)
     module = backends.BACKENDS[name]
+    probe = torch.empty((1, 1), device=device)
     if module is not backends.reference and (reason := module.cannot_serve(request.module.OP, (probe,))):
         pytest.skip(f"{name} backend on {device}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def backend(place):
+    """Force the backend, and make its device the default one."""
+    name, device = place
     with backends.use_backend(name), torch.device(device):
         yield name
+
+
+@pytest.fixture
+def half_ulp(place):
+    """Relative rounding error of a dtype; twice that where Triton's interpreter truncates to bf16."""
+    truncated = torch.bfloat16 if place == ("triton", "cpu") else None
+    return lambda dtype: torch.finfo(dtype).eps / (1 if dtype == truncated else 2)
+
+
+@pytest.fixture
+def device(place):
+    """The device that the backend runs on."""
+    return place[1]
 
 
 @pytest.fixture(autouse=True)

@@ -19,16 +19,16 @@ def reads_tensors(request, monkeypatch):
     monkeypatch.setattr(native, "_READS_TENSORS", request.param and native._READS_TENSORS)
 
 
-def pairs(dtype=torch.float32, source_dtype=None):
+def pairs(dtype=torch.float32, source_dtype=None, device="cpu"):
     return (
-        [torch.randn(shape).to(dtype) for shape in SHAPES],
-        [torch.randn(shape).to(source_dtype or dtype) for shape in SHAPES],
+        [torch.randn(shape).to(device, dtype) for shape in SHAPES],
+        [torch.randn(shape).to(device, source_dtype or dtype) for shape in SHAPES],
     )
 
 
 @pytest.mark.parametrize("m", [0.0, 0.5, 0.99, 0.999, 1.0])
-def test_bitwise_equal_to_the_official_loop(backend, m):
-    targets, sources = pairs()
+def test_bitwise_equal_to_the_official_loop(backend, device, m):
+    targets, sources = pairs(device=device)
     want = [t * m + s * (1.0 - m) for t, s in zip(targets, sources, strict=True)]
     moco_fast.ema_update_(targets, sources, m)
     for got, expected in zip(targets, want, strict=True):
@@ -37,42 +37,138 @@ def test_bitwise_equal_to_the_official_loop(backend, m):
 
 @pytest.mark.parametrize("source_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dtypes(backend, dtype, source_dtype):
-    targets, sources = pairs(dtype, source_dtype)
+def test_dtypes(backend, device, half_ulp, dtype, source_dtype):
+    targets, sources = pairs(dtype, source_dtype, device)
     want = [t.double() * 0.9 + s.double() * 0.1 for t, s in zip(targets, sources, strict=True)]
     moco_fast.ema_update_(targets, sources, 0.9)
     for got, expected in zip(targets, want, strict=True):
         assert got.dtype == dtype
         # one rounding to the target's dtype, besides that of fp32 arithmetic
-        torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-15, atol=2e-7)
+        torch.testing.assert_close(got.double(), expected, rtol=half_ulp(dtype) + 1e-15, atol=2e-7)
 
 
 @pytest.mark.parametrize(
     "m", [torch.tensor(0.99), torch.tensor(0.99, dtype=torch.float64)], ids=["fp32", "fp64"]
 )
-def test_tensor_momentum(backend, m):
-    targets, sources = pairs()
+def test_tensor_momentum(backend, device, m):
+    targets, sources = pairs(device=device)
+    m = m.to(device)
     want = [t.double() * 0.99 + s.double() * 0.01 for t, s in zip(targets, sources, strict=True)]
     moco_fast.ema_update_(targets, sources, m)
     for got, expected in zip(targets, want, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-7)
 
 
-def test_any_memory_layout(backend):
+def test_any_memory_layout(backend, device):
     """Channels-last weights, transposes, and slices whose gaps must not be touched."""
-    base = torch.randn(6, 20)
+    base = torch.randn(6, 20, device=device)
     targets = [
-        torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last),
-        torch.randn(7, 4).t(),
+        torch.randn(8, 3, 5, 5, device=device).to(memory_format=torch.channels_last),
+        torch.randn(8, 3, 5, 5, device=device).to(memory_format=torch.channels_last),
+        torch.randn(7, 4, device=device).t(),
         base[:, ::2],
     ]
-    sources = [torch.randn(8, 3, 5, 5), torch.randn(4, 7), torch.randn(6, 10)]
+    shapes = [(8, 3, 5, 5), (8, 3, 5, 5), (4, 7), (6, 10)]
+    sources = [torch.randn(shape, device=device) for shape in shapes]
+    sources[1] = sources[1].to(memory_format=torch.channels_last)
     want = [t * 0.9 + s * (1 - 0.9) for t, s in zip(targets, sources, strict=True)]
     gaps = base[:, 1::2].clone()
     moco_fast.ema_update_(targets, sources, 0.9)
     for got, expected in zip(targets, want, strict=True):
         assert torch.equal(got, expected)
     assert torch.equal(base[:, 1::2], gaps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 5, 257, 8193, 70_001])
+def test_slices_that_begin_anywhere(backend, device, dtype, size):
+    """Views into flat buffers are not aligned to vectors; what lies beside them must survive."""
+    flat = torch.randn(3 * size + 12, device=device).to(dtype)
+    sources = [torch.randn(size + i, device=device).to(dtype)[i:] for i in range(3)]
+    targets, edges = [], []
+    for i, source in enumerate(sources):
+        begin = i * (size + 3) + i
+        targets.append(flat[begin : begin + size])
+        edges += [begin - 1] * (begin > 0) + [begin + size]
+        assert targets[-1].shape == source.shape
+    around = flat[edges].clone()
+    want = [(t.double() * 0.9 + s.double() * 0.1) for t, s in zip(targets, sources, strict=True)]
+    moco_fast.ema_update_(targets, sources, 0.9)
+    for got, expected in zip(targets, want, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=6e-7)
+    assert torch.equal(flat[edges], around)
+
+
+def test_more_tensors_than_one_launch_holds(backend, device):
+    targets = list(torch.randn(2500, 3, device=device).unbind())
+    sources = list(torch.randn(2500, 3, device=device).unbind())
+    want = torch.stack(targets) * 0.9 + torch.stack(sources) * (1 - 0.9)
+    moco_fast.ema_update_(targets, sources, 0.9)
+    assert torch.equal(torch.stack(targets), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_masters_hold_what_the_targets_round_away(backend, device, half_ulp, dtype):
+    """In bf16 no step of m = 0.999 changes a target; the master gets there, and takes it along."""
+    _, sources = pairs(dtype, device=device)
+    targets = [torch.full_like(source, 2) for source in sources]
+    masters = [target.float() for target in targets]
+    want = [master.double() for master in masters]
+    for _ in range(50):
+        moco_fast.ema_update_(targets, sources, 0.999, masters=masters)
+        want = [w * 0.999 + s.double() * 0.001 for w, s in zip(want, sources, strict=True)]
+    for target, master, expected in zip(targets, masters, want, strict=True):
+        torch.testing.assert_close(master.double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(target.float(), master, rtol=half_ulp(dtype), atol=0)
+        assert target.numel() == 0 or (target != 2).any()
+
+
+def test_masters_beside_float64_sources_and_odd_layouts(backend):
+    """Left to the reference, row by row."""
+    targets = [torch.zeros(4, 3).bfloat16().t(), torch.zeros(3).bfloat16()]
+    sources = [torch.ones(3, 4).bfloat16(), torch.ones(3).double()]
+    masters = [torch.zeros(3, 4), torch.zeros(3)]
+    moco_fast.ema_update_(targets, sources, 0.75, masters=masters)
+    for tensor in (*targets, *masters):
+        assert (tensor == 0.25).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+@pytest.mark.parametrize("with_masters", [False, True])
+def test_graph_replays_what_eager_does(backend, with_masters):
+    """Captured once, replayed with other values and another m."""
+    dtype = torch.bfloat16 if with_masters else torch.float32
+    targets, sources = pairs(dtype, device="cuda")
+    masters = [t.float() for t in targets] if with_masters else None
+    m = torch.tensor(0.9, device="cuda", dtype=torch.float64)
+    graph = torch.cuda.CUDAGraph()
+    moco_fast.ema_update_(*pairs(dtype, device="cuda"), m)  # outside the graph: modules load on first use
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        moco_fast.ema_update_(targets, sources, m, masters=masters)
+    want = [t.clone() for t in targets]
+    want_masters = [t.clone() for t in masters] if masters else None
+    for value in (0.9, 0.5):
+        m.fill_(value)
+        graph.replay()
+        moco_fast.ema_update_(want, sources, value, masters=want_masters)
+        for got, expected in zip(targets + (masters or []), want + (want_masters or []), strict=True):
+            assert torch.equal(got, expected)
+        torch._foreach_add_(sources, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+def test_runs_on_the_current_stream():
+    targets, sources = [torch.zeros(1 << 20, device="cuda")], [torch.zeros(1 << 20, device="cuda")]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        sources[0].fill_(4)
+        moco_fast.ema_update_(targets, sources, 0.75)
+        got = targets[0].clone()
+    stream.synchronize()
+    assert (got == 1).all()
 
 
 def test_sources_may_be_parameters(backend):
@@ -93,7 +189,9 @@ def test_autograd_notices_the_write(backend):
 
 def test_opcheck_and_compile(backend):
     targets, sources = pairs()
-    torch.library.opcheck(ops._ema_update_, (targets, sources, torch.tensor(0.9, dtype=torch.float64)))
+    torch.library.opcheck(ops._ema_update_, (targets, sources, torch.tensor(0.9, dtype=torch.float64), []))
+    masters = [t.float() for t in targets]
+    torch.library.opcheck(ops._ema_update_, (targets, sources, torch.tensor(0.9), masters))
     want = [t.clone() for t in targets]
     moco_fast.ema_update_(want, sources, 0.9)
 
@@ -153,3 +251,39 @@ def test_bad_arguments(targets, sources, m, error, message):
         moco_fast.ema_update_(targets, sources, m)
     for was, now in zip(before, targets, strict=True):
         assert torch.equal(was, now) if isinstance(was, torch.Tensor) else was == now
+
+
+@pytest.mark.parametrize(
+    ("masters", "error", "message"),
+    [
+        ([], ValueError, "got 0 masters, 1 targets"),
+        ([3], TypeError, r"masters\[0\] must be a torch.Tensor, got int"),
+        ([torch.zeros(3).double()], TypeError, r"masters\[0\] must be torch.float32, got torch.float64"),
+        ([torch.zeros(4)], ValueError, r"masters\[0\].*\(3,\), got \(4,\)"),
+        ([torch.zeros(3, device="meta")], ValueError, r"masters\[0\] is on meta"),
+        ([torch.zeros(3, requires_grad=True)], ValueError, r"masters\[0\] requires grad"),
+    ],
+)
+def test_bad_masters(masters, error, message):
+    target = torch.zeros(3).bfloat16()
+    with pytest.raises(error, match=message):
+        moco_fast.ema_update_([target], [torch.ones(3)], 0.5, masters=masters)
+    with pytest.raises(TypeError, match=r"targets\[0\] is torch.float64, more than its master"):
+        moco_fast.ema_update_([target.double()], [torch.ones(3)], 0.5, masters=[torch.zeros(3)])
+    assert (target == 0).all()
+
+
+def test_momentum_on_another_device():
+    with pytest.raises(ValueError, match=r"m is on meta, but targets\[0\] is on cpu"):
+        moco_fast.ema_update_([torch.zeros(3)], [torch.ones(3)], torch.tensor(0.5, device="meta"))
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="no native backend")
+def test_what_the_native_backend_serves(monkeypatch):
+    class OnGpu:
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
+    reason = native.cannot_serve("ema_update_", [OnGpu()])
+    assert (reason is None) == native._C.has_cuda
+    assert "runs on the CPU" in native.cannot_serve("info_nce", [OnGpu()])

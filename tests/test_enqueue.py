@@ -1,5 +1,7 @@
 """enqueue_: every backend against indexing, with wrap-around at any batch size."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -75,9 +77,44 @@ def test_key_queue_module(backend):
     torch.testing.assert_close(queue.queue.norm(dim=0), torch.ones(20))
 
 
+def test_mirror_holds_the_same_rows(backend):
+    queue, ptr = torch.zeros(10, 12), torch.tensor([7])
+    mirror = torch.zeros(10, 12, dtype=torch.float16)
+    moco_fast.enqueue_(queue, ptr, torch.randn(5, 12), mirror)
+    assert ptr.item() == 2 and torch.equal(mirror, queue.half()) and queue[3:7].eq(0).all()
+
+
+def test_key_queue_keeps_its_mirror_in_step(backend):
+    """What the loss reads is the buffer as it is now, whoever wrote it."""
+    queue = moco_fast.KeyQueue(8, 20)
+    bits = torch.float16 if backend == "triton" else torch.float32
+
+    def in_step():
+        return queue.negatives.dtype == bits and torch.equal(queue.negatives, queue.rows.to(bits))
+
+    assert in_step()
+    kept = queue.negatives
+    queue.enqueue_(torch.randn(15, 8))
+    assert in_step() and queue.negatives.data_ptr() == kept.data_ptr()  # written, not made anew
+    queue.queue[:, :3] = 0.5
+    assert in_step()
+    queue.load_state_dict(moco_fast.KeyQueue(8, 20).state_dict())
+    assert in_step()
+    version = queue.queue._version
+    copied = copy.deepcopy(queue)
+    while copied.queue._version < version:  # a count of versions that means nothing here
+        copied.queue.fill_(0.25)
+    queue = copied
+    assert in_step()
+    queue = queue.half()
+    assert in_step() or bits == torch.float32
+    assert list(queue.state_dict()) == ["queue", "queue_ptr"]
+
+
 def test_opcheck_and_compile(backend):
     queue, ptr, keys = torch.zeros(10, 4), torch.tensor([8]), torch.randn(5, 4)
     torch.library.opcheck(ops._enqueue_, (queue, ptr, keys))
+    torch.library.opcheck(ops._enqueue_, (queue, ptr, keys, queue.half()))
     want, want_ptr = queue.clone(), ptr.clone()
     moco_fast.enqueue_(want, want_ptr, keys)
     torch.compile(moco_fast.enqueue_, fullgraph=True)(queue, ptr, keys)
@@ -94,6 +131,8 @@ def test_opcheck_and_compile(backend):
         ({"ptr": torch.zeros(1)}, TypeError, "ptr must be an int64 tensor"),
         ({"ptr": 3}, TypeError, "ptr must be an int64 tensor.*got int"),
         ({"queue": torch.zeros(10, 4, requires_grad=True)}, ValueError, "queue requires grad"),
+        ({"mirror": torch.zeros(9, 4)}, ValueError, r"mirror must have the shape of queue, \(10, 4\)"),
+        ({"mirror": torch.zeros(10, 4, dtype=torch.int8)}, TypeError, "mirror must have a floating"),
         ({"keys": torch.zeros(2, 4, device="meta")}, ValueError, "keys is on meta, but queue is on cpu"),
     ],
 )

@@ -14,6 +14,8 @@ import moco_fast
 from moco_fast.models.heads import head_path
 from moco_fast.norm import split_batchnorm
 
+OP = "info_nce"
+
 
 class TinyNet(nn.Module):
     """Convolution, batch norm, a head named ``fc``: everything MoCo touches, in milliseconds."""

@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import moco_fast.kernels
 import pytest
 import torch
 
+import moco_fast.kernels
 from moco_fast import checks, native, reference
 
 ROOT = Path(moco_fast.__file__).parent
@@ -139,5 +139,7 @@ def test_an_op_has_one_name_everywhere(op):
     assert hasattr(reference, op) and hasattr(native, op)
     assert hasattr(checks, name)
     for path in (f"csrc/{name}.h", f"csrc/{name}_cpu.cpp", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
+        assert (root / path).exists(), path
+    for path in (f"kernels/{name}.py",):
         assert (root / path).exists(), path
     assert f"`{op}`" in (root / "CHANGELOG.md").read_text()

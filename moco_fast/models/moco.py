@@ -148,7 +148,7 @@ class MoCo(KeyQueue):
                 "with several processes call the wrapped model and take the cross-entropy of its logits"
             )
         q, k, all_keys = self._encode(im_q, im_k)
-        result = ops.info_nce(q, k, self.rows, self.T, return_stats=return_stats)
+        result = ops.info_nce(q, k, self.negatives, self.T, return_stats=return_stats)
         if self.training:
             self.enqueue_(all_keys)
         return result

@@ -1,0 +1,66 @@
+"""Enqueue keys: queue[(ptr + i) % K] <- k_i / max(|k_i|, 1e-12), then ptr <- (ptr + N) % K.
+
+One launch reads the keys and writes normalised rows to the queue and, where
+there is one, to its 16-bit mirror; the pointer stays on the device. A second
+launch moves the pointer, after every program of the first has read it.
+Traffic: N C (bytes of a key + of a row + 2 for the mirror).
+
+Reference: moco_fast/reference.py::enqueue_.  Tests: tests/test_enqueue.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moco_fast.kernels.common import EPS, on_device_of, row_norms
+
+# Elements of keys per program; the rest follows from the width. Not measured on a GPU yet.
+TILES = {"elements": 2048, "warps": 4}
+
+
+@triton.jit
+def _inside(ptr, K):
+    """A pointer modulo K, never negative: no bad value on the device may become a write outside the queue."""
+    ptr = ptr % K
+    return tl.where(ptr < 0, ptr + K, ptr)
+
+
+@triton.jit
+def _write(
+    queue, mirror,  # (K, C); mirror if HAS_MIRROR
+    ptr,  # (1,) int64
+    keys,  # (N, C) raw
+    N, K, C,
+    HAS_MIRROR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    col = tl.arange(0, BLOCK_C)[None, :]
+    inside = (row < N) & (col < C)
+    key = tl.load(keys + row.to(tl.int64) * C + col, mask=inside, other=0).to(tl.float32)
+    norm = row_norms(key)
+    unit = key / tl.where(norm < EPS, EPS, norm)  # not maximum(): a NaN must stay
+    slot = (_inside(tl.load(ptr), K) + row) % K
+    tl.store(queue + slot * C + col, unit.to(queue.dtype.element_ty), mask=inside)
+    if HAS_MIRROR:
+        tl.store(mirror + slot * C + col, unit.to(mirror.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _advance(ptr, N, K):
+    tl.store(ptr, (_inside(tl.load(ptr), K) + N) % K)
+
+
+def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None) -> None:
+    """See :func:`moco_fast.reference.enqueue_`; queue and mirror are contiguous."""
+    keys = keys.contiguous()
+    count, features = keys.shape
+    block_c = triton.next_power_of_2(features)
+    block_r = max(1, TILES["elements"] // block_c)
+    with on_device_of(queue):
+        _write[(triton.cdiv(count, block_r),)](
+            queue, queue if mirror is None else mirror, ptr, keys, count, queue.shape[0], features,
+            HAS_MIRROR=mirror is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=TILES["warps"],
+        )  # fmt: skip
+        _advance[(1,)](ptr, count, queue.shape[0])

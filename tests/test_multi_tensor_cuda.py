@@ -1,0 +1,55 @@
+"""What nvcc makes of the multi-tensor kernels; needs no GPU."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import moco_fast
+
+CSRC = Path(moco_fast.__file__).parent.parent / "csrc"
+SOURCES = sorted(p.name for p in CSRC.glob("*.cu") if "multi_tensor_cuda.h" in p.read_text())
+ARCHITECTURES = ("sm_80", "sm_90a")
+
+
+def find(tool):
+    """A CUDA tool: in CUDA_HOME, in PATH, or shipped with Triton."""
+    import os
+
+    places = [os.path.join(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+    places.append(os.environ["PATH"])
+    try:
+        import triton
+
+        places.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
+    except ImportError:
+        pass
+    found = next(filter(None, (shutil.which(tool, path=place) for place in places)), None)
+    return found or pytest.skip(f"{tool} is not installed: CUDA code was not compiled")
+
+
+@pytest.mark.skipif(not CSRC.exists(), reason="an installed wheel has no sources")
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_spills_and_wide_accesses(source, tmp_path):
+    nvcc, cuobjdump = find("nvcc"), find("cuobjdump")
+    made = tmp_path / "kernel.o"
+    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
+    command = [nvcc, "-std=c++17", "-O3", *targets, "-Xptxas=-v", "-c", CSRC / source, "-o", made]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    usage = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+    )
+    assert len(usage) >= len(ARCHITECTURES), done.stderr
+    assert all(row == ("0", "0", "0") for row in usage), done.stderr
+
+    for architecture in ARCHITECTURES:
+        sass = subprocess.run(
+            [cuobjdump, "-sass", "-arch", architecture, made], capture_output=True, text=True, check=True
+        ).stdout
+        assert re.search(r"\bLDG\.E(\.\w+)*\.128\b", sass) and re.search(r"\bSTG\.E(\.\w+)*\.128\b", sass)
+        assert not re.search(r"\b(LDL|STL)\b", sass), "local memory"
+        # The table stays in the constant bank: read there by a block-dependent offset, never copied.
+        assert re.search(r"\bLDC(\.\w+)* R\d+, c\[0x0\]\[R\d+", sass)
