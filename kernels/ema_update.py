@@ -39,6 +39,17 @@ TRITON_DTYPES = {
 
 
 @triton.jit
+def _chunk(
+    state, source, copy, at, inside, keep, take, ARITHMETIC: tl.constexpr, HAS_COPY: tl.constexpr
+):  # fmt: skip
+    old = tl.load(state + at, mask=inside).to(ARITHMETIC)
+    new = old * keep + tl.load(source + at, mask=inside).to(ARITHMETIC) * take
+    tl.store(state + at, new.to(state.dtype.element_ty), mask=inside)
+    if HAS_COPY:
+        tl.store(copy + at, new.to(copy.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _ema_update(
     table,  # (CHUNKS, 4) int64: addresses of state, source and copy, length
     m,  # () on the device, if M_ON_DEVICE
@@ -49,23 +60,23 @@ def _ema_update(
     entry = table + tl.program_id(0).to(tl.int64) * 4
     state = tl.load(entry).to(tl.pointer_type(STATE))
     source = tl.load(entry + 1).to(tl.pointer_type(SOURCE))
+    copy = tl.load(entry + 2).to(tl.pointer_type(COPY))
     length = tl.load(entry + 3)
-    if ALIGNED:  # chunks are, wherever their tensors start on 16 bytes: says so for the vector loads
+    if ALIGNED:  # chunks are, where their tensors start on 16 bytes
         state = tl.multiple_of(state, 16)
         source = tl.multiple_of(source, 16)
+        copy = tl.multiple_of(copy, 16)
     ARITHMETIC: tl.constexpr = tl.float64 if tl.float64 == STATE else tl.float32
     if M_ON_DEVICE:
         value = tl.load(m)
         keep = value.to(ARITHMETIC)
         take = (1 - value).to(ARITHMETIC)
     at = tl.arange(0, BLOCK)
-    inside = at < length
-    old = tl.load(state + at, mask=inside).to(ARITHMETIC)
-    new = old * keep + tl.load(source + at, mask=inside).to(ARITHMETIC) * take
-    tl.store(state + at, new.to(STATE), mask=inside)
-    if HAS_COPY:
-        copy = tl.load(entry + 2).to(tl.pointer_type(COPY))
-        tl.store(copy + at, new.to(COPY), mask=inside)
+    # Without a mask the loads are 16 bytes wide: no compiler knows what a length that was read divides.
+    if length == BLOCK:
+        _chunk(state, source, copy, at, None, keep, take, ARITHMETIC, HAS_COPY)
+    else:
+        _chunk(state, source, copy, at, at < length, keep, take, ARITHMETIC, HAS_COPY)
 
 
 @lru_cache(maxsize=TABLES)

@@ -56,7 +56,8 @@ TILES = {
     ("many", 256): (64, 64, 8, 2, 1),
     ("many", 512): (64, 32, 8, 2, 1),
 }
-MAX_FEATURES = 512
+# Before sm_90 every product goes through registers, which hold less.
+OLDER_TILES = {512: (32, 32, 8, 2, 1)}
 
 # Smallest temperature at which exp fits between -1/T and 1/T: fp16 spans 2^-24 to 2^16, bf16 fp32's range.
 FIXED_SHIFT_FROM = {torch.float16: 0.05, torch.bfloat16: 0.025}
@@ -270,8 +271,11 @@ def _finish(
     tl.store(loss + row, value)
 
 
-def _key(n: int, block_c: int) -> tuple[str, int]:
-    return "few" if n <= 64 else "many", block_c
+def tiles_for(n: int, block_c: int, device: torch.device) -> tuple[int, int, int, int, int]:
+    """The entry of the tables for a batch of n rows padded to block_c features."""
+    if block_c in OLDER_TILES and device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return OLDER_TILES[block_c]
+    return TILES["few" if n <= 64 else "many", block_c]
 
 
 def _shares(n: int, features: int, blocks: int, tiles: int, programs: int) -> int:
@@ -309,7 +313,7 @@ def info_nce(
     scale = LOG2E / temperature
 
     block_c = max(32, triton.next_power_of_2(features))
-    block_m, block_n, warps, stages, per_sm = TILES[_key(n, block_c)]
+    block_m, block_n, warps, stages, per_sm = tiles_for(n, block_c, q.device)
     blocks, tiles = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
     shares = _shares(n, features, blocks, tiles, per_sm * multiprocessors(q.device))
     tiles_per_share = triton.cdiv(tiles, shares)

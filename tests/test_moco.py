@@ -72,12 +72,17 @@ def test_twenty_steps_equal_the_official_semantics(backend, mlp, loss_of, batch)
     want_model, model = build(EagerMoCo, mlp=mlp), build(mlp=mlp)
     want = train(want_model, from_logits, batch=batch)
     got = train(model, loss_of, batch=batch)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    rounded = backend == "triton" and loss_of is fused  # operands in fp16
+    torch.testing.assert_close(got, want, rtol=1e-3 if rounded else 1e-5, atol=0)
     expected = want_model.state_dict()
     assert list(model.state_dict()) == list(expected)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(
-            value, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            value,
+            expected[name],
+            rtol=1e-4,
+            atol=5e-3 if rounded else 1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
     assert model.queue_ptr.item() == 20 * batch % 64
 
@@ -125,12 +130,13 @@ def test_loss_equals_logits_and_stats_equal_topk(backend):
     twin = copy.deepcopy(model)
     logits, labels = twin(im_q, im_k)
     loss, stats = model.loss(im_q, im_k, return_stats=True)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, labels), rtol=1e-5, atol=0)
+    eps = 1e-3 if backend == "triton" else 1e-6  # of the operands: fp16 or fp32
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels), rtol=10 * eps, atol=0)
     for k in (1, 5):
         hits = (logits.topk(k, dim=1).indices == 0).any(1)
         assert torch.equal(stats.rank < k, hits)
     torch.testing.assert_close(stats.pos, logits[:, 0].detach() * 0.1, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(stats.neg, logits[:, 1:].mean(1).detach() * 0.1, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(stats.neg, logits[:, 1:].mean(1).detach() * 0.1, rtol=1e-4, atol=eps)
     assert torch.equal(model.queue_ptr, twin.queue_ptr)
     torch.testing.assert_close(model.queue, twin.queue)
 
