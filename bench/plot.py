@@ -55,7 +55,7 @@ def _panel(axes: Axes, case: dict) -> None:
         memory = "" if extra is None else ", < 1 MB" if extra < 1 else f", {extra:.0f} MB"
         axes.text(
             peer["times_fastest"] + 0.012 * max(ratios), y,
-            f"{peer['times_fastest']:.1f}x   {tables.digits(peer['p50_ms'])} ms{memory}",
+            f"{peer['times_fastest']:.1f}x   {tables.duration(peer['p50_ms'])}{memory}",
             va="center", fontsize=9,
         )  # fmt: skip
     axes.set_yticks(positions, [peer["name"] for peer in peers])

@@ -1,9 +1,14 @@
 """Shared by all tests: the backends of this machine, and a last line that says what could not be tested."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from moco_fast import native
+
+sys.path.append(str(Path(__file__).parent.parent))  # bench/ belongs to the checkout and is not installed
 
 BACKENDS = ("reference", "native")
 
@@ -28,6 +33,14 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped, by name, where torch finds none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say which parts of the library this machine could not test, so that green is not read as complete."""
     missing = []
@@ -40,5 +53,6 @@ def pytest_terminal_summary(terminalreporter):
         if not native.has_bf16_units():
             missing.append("bf16 matrix units (this CPU has none; the bf16 path ran in fp32)")
     if not torch.cuda.is_available():
-        missing.append("everything on a GPU (none here)")
+        skipped = [r for r in terminalreporter.getreports("skipped") if "gpu" in r.keywords]
+        missing.append(f"everything on a GPU (none here; {len(skipped)} tests need one)")
     terminalreporter.write_line(f"NOT TESTED on this machine: {'; '.join(missing) or 'nothing'}")
