@@ -69,7 +69,7 @@ def collect(quick: bool, where: torch.device, progress: Progress) -> dict:
     assert roof is not None  # there are ops, and they have cases
     for result in results:
         for peer in result["peers"]:
-            seconds = kernel_ms(peer) / 1e3
+            seconds = peer["kernel_ms"] / 1e3
             peer["gb_per_s"] = result["bytes"] / seconds / 1e9
             peer["tflop_per_s"] = result["flops"] / seconds / 1e12
             peer["roofline_share"] = roof.share(result["flops"], result["bytes"], peer["product"], seconds)
@@ -105,11 +105,6 @@ def notes(about: dict, results: list[dict], quick: bool) -> list[str]:
     if quick:
         lines.append("Smoke run with tiny sizes: the times mean nothing.")
     return lines
-
-
-def kernel_ms(peer: dict) -> float:
-    """The median from a cold cache without launches, where they could be taken out."""
-    return peer["modes"].get(cuda.GRAPH_COLD, peer["modes"][measure.COLD])["p50_ms"]
 
 
 def measure_case(
@@ -148,6 +143,8 @@ def measure_case(
             "name": name,
             "ours": name.startswith(OURS),
             **modes[measure.COLD],
+            # Without launches, where they could be taken out.
+            "kernel_ms": modes.get(cuda.GRAPH_COLD, modes[measure.COLD])["p50_ms"],
             "modes": modes,
             "no_graph": no_graph[name],
             "times_fastest": cold[name] / min(cold.values()),

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from bench import bench_info_nce, device, measure
 from bench.case import OFFICIAL, OURS, Absent, WrongResult
-from bench.collect import kernel_ms, measure_case
+from bench.collect import measure_case
 
 SECONDS = 0.5  # of timing per point
 # Axes by device, and the point where they meet.
@@ -70,7 +70,7 @@ def _point(at: dict, where: torch.device, seconds: float) -> tuple[dict[str, flo
     case = bench_info_nce.case.__wrapped__(size, where, at["T"])
     # Wrong at one end of a sweep is a finding, not the end of the run.
     result = measure_case(case, where, {}, seconds, missing=(Absent, WrongResult))
-    return {peer["name"]: kernel_ms(peer) for peer in result["peers"]}, result["absent"]
+    return {peer["name"]: peer["kernel_ms"] for peer in result["peers"]}, result["absent"]
 
 
 def plot(path: Path, figures: dict) -> None:
