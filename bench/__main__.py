@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--readme takes the table of a run without --sweep")
     console = Console()
     if not console.is_terminal:
-        console.width = 180  # of a log, where nothing limits a table
+        console.width = 210  # of a log, where nothing limits a table
     try:
         where = device.pick(options.device)
         if options.readme:  # before minutes of measuring, not after

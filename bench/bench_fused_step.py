@@ -7,11 +7,13 @@ Timed where it matters, on a GPU, and in smoke runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench.bench_ema_update import GPU_SIZES, LERP, lerp, official, parameters
+import moco_fast
+from bench.bench_ema_update import GPU_SIZES, LERP, MOMENTUM, lerp, official, parameters
 from bench.bench_ema_update import QUICK as QUICK_SIZES
 from bench.bench_ema_update import ours as ours_with
 from bench.case import OFFICIAL, OURS, Case, Peer, relative, serving
@@ -25,27 +27,51 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict, float]] = {
 
 
 class Step:
-    """Parameters with fixed gradients, their optimizer and the keys that follow them."""
+    """Parameters with fixed gradients, their optimizer and the keys that follow them.
 
-    def __init__(self, start: list[Tensor], name: str, update: Update, dtype=torch.float32, **options):
+    Args:
+        start: parameters and keys to begin with.
+        name: in :data:`OPTIMIZERS`.
+        update: moves the keys after the step; None where our optimizer moves them in its step.
+        options: of the optimizer, beside its recipe.
+    """
+
+    def __init__(self, start: list[Tensor], name: str, update: Update | None, dtype=torch.float32, **options):
         make, recipe, _ = OPTIMIZERS[name]
         generator = torch.Generator().manual_seed(1)
-        self.update = update
         self.queries = [tensor.to(dtype, copy=True).requires_grad_() for tensor in start]
         self.keys = [tensor.to(dtype, copy=True) for tensor in start]
         for query in self.queries:
             query.grad = torch.randn(query.shape, generator=generator).to(query)
+        if update is None:
+            make = getattr(moco_fast, name)
+            options["ema"] = list(zip(self.keys, self.queries, strict=True))
+            options["m"] = MOMENTUM
         self.optimizer = make(self.queries, **recipe, **options)
+        self.update = update
 
     def run(self) -> None:
         self.optimizer.step()
-        self.update(self.keys, [query.detach() for query in self.queries])
+        if self.update:
+            self.update(self.keys, [query.detach() for query in self.queries])
 
     def state(self) -> Tensor:
         """Queries and keys after two more steps, the second of which has a momentum."""
         self.run()
         self.run()
         return torch.cat([tensor.detach().flatten() for tensor in (*self.queries, *self.keys)])
+
+
+class FusedStep(Step):
+    """Our optimizer, on one backend."""
+
+    def __init__(self, start: list[Tensor], name: str, backend: str):
+        super().__init__(start, name, None)
+        self.backend = backend
+
+    def run(self) -> None:
+        with moco_fast.use_backend(self.backend):
+            super().run()
 
 
 def case(size: str, name: str, device: torch.device) -> Case:
@@ -56,19 +82,19 @@ def case(size: str, name: str, device: torch.device) -> Case:
     # Adam keeps its step count on the device, and can be captured, only when told so.
     graphs = {"capturable": True} if name == "AdamW" and device.type == "cuda" else {}
 
-    def peer(update: Update, **options) -> Peer:
-        def errors() -> dict[str, float]:
-            return {"parameters": relative(Step(start, name, update, **options).state(), want)}
+    def peer(make: Callable[[], Step]) -> Peer:
+        return Peer(make().run, lambda: {"parameters": relative(make().state(), want)}, tolerance=1e-5)
 
-        return Peer(Step(start, name, update, **options).run, errors, tolerance=1e-5)
-
-    backends, absent = serving("ema_update_", start)
-    fused = {"fused": True, **graphs}
-    peers = {
-        f"{OURS} {backend} after fused {name}": peer(ours_with(backend), **fused) for backend in backends
-    }
-    peers[f"{LERP} after fused {name}"] = peer(lerp, **fused)
-    peers[OFFICIAL] = peer(official, **graphs)
+    peers, absent = {}, {}
+    if hasattr(moco_fast, name):
+        fused, absent = serving(f"{name.lower()}_", start)
+        peers = {f"{OURS} {backend}": peer(partial(FusedStep, start, name, backend)) for backend in fused}
+    options = {"fused": True, **graphs}
+    for backend in serving("ema_update_", start)[0]:
+        update = ours_with(backend)
+        peers[f"{OURS} {backend} after fused {name}"] = peer(partial(Step, start, name, update, **options))
+    peers[f"{LERP} after fused {name}"] = peer(partial(Step, start, name, lerp, **options))
+    peers[OFFICIAL] = peer(partial(Step, start, name, official, **graphs))
     count = sum(tensor.numel() for tensor in start)
     label = f"{name} + EMA, {size}, {count / 1e6:.1f} M parameters"
     return Case("fused step", label, peers, 12.0 * count, OPTIMIZERS[name][2] * count, absent)

@@ -91,10 +91,14 @@ def serving(op: str, tensors: Sequence[Tensor]) -> tuple[list[str], dict[str, st
             continue
         try:
             with moco_fast.use_backend(name):
-                backends.choose(op, tensors)
-            names.append(name)
+                served = hasattr(backends.choose(op, tensors), op)
         except RuntimeError as error:
             absent[f"{OURS} {name}"] = str(error).partition(f"cannot serve {op}: ")[2] or str(error)
+            continue
+        if served:
+            names.append(name)
+        else:
+            absent[f"{OURS} {name}"] = f"it has no {op}"
     return names, absent
 
 

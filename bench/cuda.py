@@ -32,8 +32,8 @@ def timers(run: Call, device: torch.device) -> tuple[dict[str, Callable[[], floa
     modes = {COLD: _launched(run, device, cold=True), WARM: _launched(run, device, cold=False)}
     try:
         graph = capture(run, device)
-    except RuntimeError as error:
-        return modes, str(error).strip().split("\n")[0][:160]
+    except Exception as error:  # of torch, of a driver, of somebody else's library: any type
+        return modes, (str(error).strip() or type(error).__name__).split("\n")[0][:160]
     modes[GRAPH_COLD] = device_clock(graph.replay, device, prepare=lambda: flush_l2(device))
     modes[GRAPH_WARM] = device_clock(graph.replay, device, prepare=graph.replay)
     return modes, None
@@ -99,7 +99,7 @@ def capture(run: Call, device: torch.device) -> torch.cuda.CUDAGraph:
     """The call as a CUDA graph; its inputs are the tensors it closes over, which must stay alive.
 
     Raises:
-        RuntimeError: it cannot be captured; says why.
+        Exception: whatever the call or CUDA raises when it cannot be captured.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -116,9 +116,12 @@ def capture(run: Call, device: torch.device) -> torch.cuda.CUDAGraph:
             torch.cuda.set_sync_debug_mode(before)
     torch.cuda.current_stream(device).wait_stream(side)
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream current
     graph.replay()
     torch.cuda.synchronize(device)
     return graph

@@ -37,6 +37,10 @@ from bench.eager_moco import EagerMoCo
 from moco_fast.models.backbones import SMALL_RESNET, backbone
 
 BARE, FUSED, DROP_IN, EAGER = "bare encoders", f"{OURS} .loss", f"{OURS} logits", "official semantics"
+FUSED_STEP = f"{OURS} .loss, EMA in SGD"
+# The last needs an optimizer that moves the key encoder in its step.
+WAYS = [BARE, FUSED, *([FUSED_STEP] if hasattr(moco_fast.MoCo, "move_ema_into_step") else []), DROP_IN, EAGER]
+SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 BREAKDOWN_STEPS = 5
 GPU_STEPS = 3  # between two events: the host runs ahead, as in training
 
@@ -72,13 +76,17 @@ class Step:
 
     def __init__(self, name: str, config: Config, where: torch.device) -> None:
         torch.manual_seed(0)  # one initial state and one batch for all
-        make = moco_fast.MoCo if name in (FUSED, DROP_IN) else EagerMoCo
+        make = moco_fast.MoCo if name.startswith(OURS) else EagerMoCo
         layout = torch.channels_last if config.bf16 else torch.contiguous_format
         model = make(backbone(config.arch, width=8, in_channels=3), 128, config.slots, 0.999, 0.2, mlp=True)
         self.name, self.config, self.where = name, config, where
         self.model = model.to(where).to(memory_format=layout)
-        trained = model.encoder_q if name == BARE else model  # as in the official script: all of it
-        self.optimizer = torch.optim.SGD(trained.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
+        if name == FUSED_STEP:
+            ema = model.move_ema_into_step()
+            self.optimizer = moco_fast.SGD(model.parameters(), **SGD, ema=ema, m=model.m)
+        else:
+            trained = model.encoder_q if name == BARE else model  # as in the official script: all of it
+            self.optimizer = torch.optim.SGD(trained.parameters(), **SGD)
         shape = (config.batch, 3, config.pixels, config.pixels)
         self.views = [torch.randn(shape).to(where).to(memory_format=layout) for _ in range(2)]
         self.gradient = 1e-3 * torch.randn(config.batch, 128, device=where)  # to the bare queries
@@ -91,7 +99,7 @@ class Step:
                 output = self.model.encoder_q(self.views[0])
                 with torch.no_grad():
                     self.model.encoder_k(self.views[1])
-            elif self.name == FUSED:
+            elif self.name in (FUSED, FUSED_STEP):
                 output = self.model.loss(*self.views)
             else:
                 output = F.cross_entropy(*self.model(*self.views))
@@ -140,7 +148,7 @@ def measure_config(config: Config, where: torch.device, seconds: float) -> dict:
     Raises:
         WrongResult: the first losses differ by more than rounding.
     """
-    steps = {name: Step(name, config, where) for name in (BARE, FUSED, DROP_IN, EAGER)}
+    steps = {name: Step(name, config, where) for name in WAYS}
     first = {name: float(step()) for name, step in steps.items() if name != BARE}
     steps[BARE]()
     for name, loss in first.items():

@@ -9,9 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 from rich.progress import Progress
 
-from bench import bench_info_nce, device, measure
+from bench import bench_info_nce, device, measure, report
 from bench.case import OFFICIAL, OURS, Absent, WrongResult
 from bench.collect import measure_case
 
@@ -92,9 +93,11 @@ def plot(path: Path, figures: dict) -> None:
         values = [p["value"] for p in points]
         axes.set_xticks(values, [f"{value:g}" if axis == "T" else f"{value:,}" for value in values])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda ms, position: report.duration(ms))
         fixed = ", ".join(f"{k}={v:g}" for k, v in figures["centre"].items() if k != axis)
         axes.set_title(f"{axis}   ({fixed})", loc="left", fontsize=11)
-        axes.set_ylabel("median, ms")
+        axes.set_ylabel("median")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for axes in grid.flat for h in axes.get_lines()}

@@ -19,7 +19,7 @@ def test_command(tmp_path, capsys):
     step.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
     (path,) = tmp_path.glob("*-step.json")
     (result,) = json.loads(path.read_text())["configs"]
-    assert [way["name"] for way in result["ways"]] == [step.BARE, step.FUSED, step.DROP_IN, step.EAGER]
+    assert [way["name"] for way in result["ways"]] == step.WAYS
     assert result["ways"][0]["tax"] == 1
     for way in result["ways"]:
         assert 0 < way["p20_ms"] <= way["p50_ms"] <= way["p80_ms"] and way["images_per_s"] > 0
@@ -70,7 +70,7 @@ def test_losses_that_differ_are_refused(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [step.BARE, step.FUSED, step.DROP_IN, step.EAGER])
+@pytest.mark.parametrize("name", step.WAYS)
 def test_gpu_step(name):
     device = torch.device("cuda", 0)
     one = step.Step(name, step.QUICK_CONFIGS[0], device)
