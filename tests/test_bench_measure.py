@@ -14,7 +14,6 @@ from bench import (
     bench_fused_step,
     bench_info_nce,
     collect,
-    cuda,
     info_nce_peers,
     measure,
     memory,
@@ -136,47 +135,3 @@ def test_notes_name_what_is_missing():
     assert "replayed from a CUDA graph" in text and "busy when the run began (load 3.0" in text
     assert "Not measured for info_nce: torch.compile (no compiler)" in text and "Smoke run" not in text
     assert f"Not in a CUDA graph, info_nce: {OFFICIAL} (it waits)." in text
-
-
-def test_tf32_is_put_back():
-    before = torch.backends.cuda.matmul.allow_tf32
-    with pytest.raises(ZeroDivisionError), cuda.tf32():
-        assert torch.backends.cuda.matmul.allow_tf32
-        _ = 1 / 0
-    assert torch.backends.cuda.matmul.allow_tf32 == before
-    assert cuda.in_tf32(lambda x: (x, torch.backends.cuda.matmul.allow_tf32))(3) == (3, True)
-
-
-@pytest.mark.gpu
-def test_gpu_modes():
-    """All four modes of a call that a graph can hold; of one that waits, two and the reason."""
-    device = torch.device("cuda", 0)
-    x = torch.randn(2**20, device=device)
-    modes, why = measure.timers(lambda: x * 2, device)
-    assert why is None and list(modes) == [cuda.COLD, cuda.WARM, cuda.GRAPH_COLD, cuda.GRAPH_WARM]
-    assert all(0 < timer() < 1 for timer in modes.values())
-    modes, why = measure.timers(lambda: x.sum().item(), device)
-    assert list(modes) == [cuda.COLD, cuda.WARM] and "synchroniz" in why
-    assert torch.cuda.get_sync_debug_mode() == 0
-    graph = cuda.capture(lambda: x.add_(1), device)
-    before = x.clone()
-    graph.replay()
-    assert torch.equal(x, before + 1)
-
-
-@pytest.mark.gpu
-def test_gpu_memory_sees_a_temporary():
-    device = torch.device("cuda", 0)
-    assert 64e6 <= cuda.peak_extra(lambda: torch.ones(2**24, device=device).sum(), device) < 80e6
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("op", ["info_nce", "ema_update_", "fused step", "enqueue_"])
-def test_gpu_cases_are_right(op):
-    """Every peer of ours, and the official formula, against float64."""
-    from bench.ops import OPS
-
-    for case in OPS[op].cases(True, torch.device("cuda", 0)):
-        for name in case.peers:
-            if name.startswith(OURS) or name == OFFICIAL:
-                case.check(name)
