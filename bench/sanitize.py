@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import moco_fast
+from bench.bench_fused_step import OPTIMIZERS, FusedStep
 from bench.case import serving
 
 SHAPES = [(5, 257, 37), (37, 1000, 128)]  # N, K, C: no multiple of a tile, and one that is
@@ -45,6 +46,13 @@ def main() -> None:
                 with moco_fast.use_backend(name):
                     moco_fast.enqueue_(queue, ptr, keys)
                 calls += 1
+    start = [torch.randn(shape, device=device) for shape in ((37,), (5, 3, 3, 3), (1000, 7))]
+    for optimizer in OPTIMIZERS:
+        for name in kernels(f"{optimizer.lower()}_", *start) if hasattr(moco_fast, optimizer) else ():
+            step = FusedStep(start, optimizer, name)
+            step.run()
+            step.run()  # with a momentum
+            calls += 2
     torch.cuda.synchronize()
     print(f"{calls} calls of GPU kernels")
 
