@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: pretrain test lint format bench clean
+.PHONY: pretrain test lint format bench gpu-check clean
 
 pretrain: $(VENV)/train.stamp
 	$(BIN)/moco-fast pretrain $(ARGS)
@@ -24,6 +24,10 @@ format: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m bench --readme README.md $(ARGS)
+
+# Build, GPU tests, compute-sanitizer and benchmark, on a machine with a GPU; without one it says so and exits 2.
+gpu-check: $(VENV)/test.stamp
+	$(BIN)/python bench/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist moco_fast.egg-info moco_fast/_C.*.so moco_fast/_build_info.json

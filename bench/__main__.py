@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import report
+from bench import device, report, sweep
 from bench.case import WrongResult
 from bench.collect import collect
 from bench.plot import plot
@@ -19,33 +19,43 @@ RESULTS = Path(__file__).parent / "results"
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmarks; a wrong result or a README without markers ends them with a message."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to measure")
+    parser.add_argument("--sweep", action="store_true", help="info_nce over N, K, C and T instead")
     parser.add_argument("--quick", action="store_true", help="smoke run with tiny sizes")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="where to replace the table between the markers"
     )
     options = parser.parse_args(arguments)
+    if options.sweep and options.readme:
+        parser.error("--readme takes the table of a run without --sweep")
     console = Console()
     if not console.is_terminal:
-        console.width = 130  # of a log, where nothing limits a table
+        console.width = 210  # of a log, where nothing limits a table
     try:
+        where = device.pick(options.device)
         if options.readme:  # before minutes of measuring, not after
             report.check_readme(options.readme)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=console) as progress:
-            figures = collect(options.quick, progress)
+            measured = sweep.collect if options.sweep else collect
+            figures = measured(options.quick, where, progress)
     except (OSError, ValueError, WrongResult) as error:
         raise SystemExit(f"python -m bench: {error}") from error
 
-    console.print(report.headline(figures), highlight=False)
-    for table in report.tables(figures):
-        console.print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.sweep:
+        base = options.out / f"{figures['device']['name']}-sweep"
+        sweep.plot(base.with_suffix(".png"), figures)
+    else:
+        console.print(report.headline(figures), highlight=False)
+        for table in report.tables(figures):
+            console.print(table)
+        base = options.out / figures["device"]["name"]
+        plot(base.with_suffix(".png"), figures)
     for note in figures["notes"]:
         console.print(f"- {note}", highlight=False)
-    options.out.mkdir(parents=True, exist_ok=True)
-    base = options.out / figures["device"]["name"]
     report.write_json(base.with_suffix(".json"), figures)
-    plot(base.with_suffix(".png"), figures)
     console.print(f"wrote {base}.json and {base}.png")
     if options.readme:
         report.update_readme(options.readme, figures)

@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 import moco_fast
 from bench import measure
-from bench.case import NATIVE, OFFICIAL, REFERENCE, Case, Peer, bind, relative, without_native
+from bench.case import NATIVE, OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, serving
 
 SIZES, QUICK = [(256, 65536, 128)], [(8, 512, 32)]  # N, K, C
 INDEX_COPY = "index_copy_"
 PEERS = [NATIVE, REFERENCE, INDEX_COPY, OFFICIAL]
+CPU = torch.device("cpu")
 
 Run = Callable[[Tensor, Tensor, Tensor], None]  # queue (K, C), official (C, K); ptr (1,); keys (N, C)
 
@@ -35,7 +36,7 @@ def ours(backend: str) -> Run:
 
 @torch.no_grad()
 def index_copy(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
-    index = (ptr + torch.arange(len(keys))) % len(queue)
+    index = (ptr + torch.arange(len(keys), device=ptr.device)) % len(queue)
     queue.index_copy_(0, index, F.normalize(keys, dim=1))
     ptr.copy_((ptr + len(keys)) % len(queue))
 
@@ -49,18 +50,19 @@ def official(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
 
 
 @cache
-def case(size: tuple[int, int, int]) -> Case:
+def case(size: tuple[int, int, int], device: torch.device = CPU) -> Case:
     """The case of one size, N, K and C."""
     n, k, c = size
     generator = torch.Generator().manual_seed(0)
-    queue = F.normalize(torch.randn(k, c, generator=generator), dim=1)
-    keys, start = torch.randn(n, c, generator=generator), k - n  # the last slots, then the pointer wraps
+    queue = F.normalize(torch.randn(k, c, generator=generator), dim=1).to(device)
+    keys = torch.randn(n, c, generator=generator).to(device)
+    start = k - n  # the last slots, then the pointer wraps
     want = queue.double()
     want[start:] = F.normalize(keys.double(), dim=1)
 
     def buffers(run: Run) -> tuple[Tensor, Tensor, Tensor]:
         rows = queue.t().contiguous() if run is official else queue.clone()
-        return rows, torch.tensor([start]), keys
+        return rows, torch.tensor([start], device=device), keys
 
     def errors(run: Run) -> dict[str, float]:
         rows, ptr, _ = inputs = buffers(run)
@@ -72,16 +74,17 @@ def case(size: tuple[int, int, int]) -> Case:
     def peer(run: Run) -> Peer:
         return bind(run, errors, *buffers(run), tolerance=5e-7)
 
-    absent = without_native()
-    peers = {} if absent else {NATIVE: peer(ours("native"))}
-    peers |= {REFERENCE: peer(ours("reference")), INDEX_COPY: peer(index_copy), OFFICIAL: peer(official)}
+    backends, absent = serving("enqueue_", (queue, keys))
+    runs = {f"{OURS} {backend}": ours(backend) for backend in backends}
+    runs |= {INDEX_COPY: index_copy, OFFICIAL: official}
+    peers = {name: peer(run) for name, run in runs.items()}
     return Case("enqueue_", f"N={n}, K={k}, C={c}", peers, 3.0 * n * c, 8.0 * n * c, absent)
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, device: torch.device) -> Iterator[Case]:
     """One case per size, made when asked for and freed by whoever drops it."""
     for size in QUICK if quick else SIZES:
-        yield case.__wrapped__(size)
+        yield case.__wrapped__(size, device)
 
 
 @pytest.mark.parametrize("name", PEERS)

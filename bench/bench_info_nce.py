@@ -6,8 +6,7 @@ random for the timing; errors are taken on random and on clustered ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -16,32 +15,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moco_fast
+from bench import info_nce_peers as other
 from bench import measure
-from bench.case import NATIVE, OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, without_native
-from moco_fast import native, reference
+from bench.case import NATIVE, OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, serving
+from bench.info_nce_peers import Inputs, Run
+from moco_fast import native
 
 TEMPERATURE = 0.07
 SIZES = [(32, 65536, 128), (256, 65536, 128), (1024, 65536, 128)]  # N, K, C
 QUICK = [(8, 500, 32)]
-NATIVE_BF16, BLOCKED, COMPILED = f"{OURS} native, bf16", "blocked torch.mm", "torch.compile"
-PEERS = [NATIVE, NATIVE_BF16, REFERENCE, BLOCKED, COMPILED, OFFICIAL]
-BLOCK = 2**20  # logits per block of the blocked peer, 4 MB: 4096 queue rows at N = 256
+NATIVE_BF16 = f"{NATIVE}, bf16"
+PEERS = [NATIVE, NATIVE_BF16, REFERENCE, other.BLOCKED, other.COMPILED, other.LIGHTLY, OFFICIAL]
+CPU = torch.device("cpu")
+
+# By what the products may round their operands to: options of a peer. Errors on clustered features are about
+# 24 times those on random ones, 1.7e-4 in fp16 and 3.4e-4 in bf16, and some more.
+PRECISIONS = {
+    "highest": {"tolerance": 1e-3, "product": "fp32"},
+    "high": {"tolerance": 1e-2, "product": "fp16"},
+    "medium": {"tolerance": 3e-2, "product": "bf16"},
+}
 
 
-@dataclass(frozen=True)
-class Inputs:
-    q: Tensor  # (N, C), raw, requires grad
-    k: Tensor  # (N, C), raw
-    queue: Tensor  # (K, C), unit rows
-    buffer: Tensor  # (C, K), the official layout of the same queue
-
-
-Run = Callable[[Inputs], tuple[Tensor, Tensor]]  # mean loss, its gradient to q
-
-
-def make(n: int, k: int, c: int, clustered: bool) -> Inputs:
+def make(n: int, k: int, c: int, temperature: float, clustered: bool, device: torch.device) -> Inputs:
     """Draw features; clustered ones have four directions only, so that errors add up, not cancel."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # of the CPU: the same features on every device
     centres = F.normalize(torch.randn(4, c, generator=generator), dim=1)
 
     def draw(rows: int) -> Tensor:
@@ -50,59 +48,14 @@ def make(n: int, k: int, c: int, clustered: bool) -> Inputs:
 
     q = draw(n)
     keys = q + draw(n)
-    queue = F.normalize(draw(k), dim=1)
-    return Inputs(q.requires_grad_(), keys, queue, queue.t().contiguous())
-
-
-def official_logits(q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
-    """What the forward of the official model does after its encoders: (N, 1 + K) logits, positive first."""
-    q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
-    positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
-    negative = torch.einsum("nc,ck->nk", q, buffer.clone().detach())
-    logits = torch.cat([positive, negative], dim=1)
-    logits /= TEMPERATURE
-    return logits
-
-
-def official_loss(q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
-    """Those logits, and the cross-entropy with label 0 that the training script takes of them."""
-    logits = official_logits(q, k, buffer)
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-
-
-def official(x: Inputs) -> tuple[Tensor, Tensor]:
-    """The official step: the script holds the logits, for its accuracy, until after the backward."""
-    logits = official_logits(x.q, x.k, x.buffer)
-    loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-    return loss, *torch.autograd.grad(loss, x.q)
-
-
-def blocked(x: Inputs) -> tuple[Tensor, Tensor]:
-    """The strongest eager version known: never N x K, online softmax in cache, gradient without autograd."""
-    q = x.q.detach()
-    q_hat, norm = reference.normalise(q)
-    k_hat, _ = reference.normalise(x.k)
-    positive = (q_hat * k_hat).sum(dim=1, keepdim=True) / TEMPERATURE
-    scaled = q_hat / TEMPERATURE
-    top, total, weighted = positive, torch.zeros_like(positive), torch.zeros_like(q)
-    for rows in x.queue.split(BLOCK // len(q)):
-        logits = torch.mm(scaled, rows.t())
-        new_top = torch.maximum(top, logits.amax(dim=1, keepdim=True))
-        exps = logits.sub_(new_top).exp_()
-        shrink = torch.exp(top - new_top)
-        total = total * shrink + exps.sum(dim=1, keepdim=True)
-        weighted.mul_(shrink).addmm_(exps, rows)
-        top = new_top
-    everything = total + torch.exp(positive - top)
-    loss = (everything.log() + top - positive).mean()
-    dq_hat = (weighted - total * k_hat) / (everything * TEMPERATURE * len(q))
-    return loss, (dq_hat - q_hat * (q_hat * dq_hat).sum(dim=1, keepdim=True)) / norm
+    queue = F.normalize(draw(k), dim=1).to(device)
+    return Inputs(q.to(device).requires_grad_(), keys.to(device), queue, queue.t().contiguous(), temperature)
 
 
 def ours(backend: str, precision: str = "high") -> Run:
     def run(x: Inputs) -> tuple[Tensor, Tensor]:
         with moco_fast.use_backend(backend):
-            loss = moco_fast.info_nce(x.q, x.k, x.queue, TEMPERATURE, precision=precision)
+            loss = moco_fast.info_nce(x.q, x.k, x.queue, x.temperature, precision=precision)
             return loss, *torch.autograd.grad(loss, x.q)
 
     return run
@@ -114,32 +67,17 @@ def exact(x: Inputs) -> tuple[Tensor, Tensor]:
     losses, dq = [], []
     for q, k in zip(x.q.detach().split(64), x.k.split(64), strict=True):
         q = q.double().requires_grad_()
-        loss = official_loss(q, k.double(), buffer) * (len(q) / n)
+        loss = other.official_loss(q, k.double(), buffer, x.temperature) * (len(q) / n)
         dq.append(torch.autograd.grad(loss, q)[0])
         losses.append(loss.detach())
     return torch.stack(losses).sum(), torch.cat(dq)
 
 
-def compiled(x: Inputs) -> tuple[Run | None, str]:
-    """The official formula compiled for the shapes of ``x``; None and the reason where that fails."""
-    loss_of = torch.compile(official_loss, fullgraph=True, dynamic=False)
-
-    def run(x: Inputs) -> tuple[Tensor, Tensor]:
-        loss = loss_of(x.q, x.k, x.buffer)
-        return loss, *torch.autograd.grad(loss, x.q)
-
-    try:
-        run(x)
-    except Exception as error:  # inductor without a C++ compiler: the type is torch's own and changes
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    return run, ""
-
-
 @cache
-def case(size: tuple[int, int, int]) -> Case:
+def case(size: tuple[int, int, int], device: torch.device = CPU, temperature: float = TEMPERATURE) -> Case:
     """The case of one size, N, K and C."""
     n, k, c = size
-    sets = {"random": make(*size, clustered=False), "clustered": make(*size, clustered=True)}
+    sets = {kind: make(*size, temperature, kind == "clustered", device) for kind in ("random", "clustered")}
     wants = {kind: exact(x) for kind, x in sets.items()}
 
     def errors(run: Run) -> dict[str, float]:
@@ -153,28 +91,37 @@ def case(size: tuple[int, int, int]) -> Case:
     def peer(run: Run, **options) -> Peer:
         return bind(run, errors, sets["random"], **options)
 
-    absent = without_native()
-    peers = {} if absent else {NATIVE: peer(ours("native"))}
-    if absent or not native.has_bf16_units():
+    x = sets["random"]
+    backends, absent = serving("info_nce", (x.q, x.k, x.queue))
+    peers = {}
+    for backend in backends:
+        if backend == "reference":  # fp32 whatever is asked for
+            peers[REFERENCE] = peer(ours(backend))
+        elif device.type == "cuda":
+            for precision, options in PRECISIONS.items():
+                peers[f"{OURS} {backend}, {precision}"] = peer(ours(backend, precision), **options)
+        else:  # "high" and "highest" are both fp32 on a CPU
+            peers[f"{OURS} {backend}"] = peer(ours(backend))
+            if native.has_bf16_units():
+                peers[NATIVE_BF16] = peer(ours(backend, "medium"), **PRECISIONS["medium"])
+    if device.type == "cpu" and NATIVE_BF16 not in peers:
         absent[NATIVE_BF16] = absent.get(NATIVE, "this CPU has no bf16 units")
-    else:
-        peers[NATIVE_BF16] = peer(ours("native", "medium"), tolerance=3e-2, product="bf16")
-    peers[REFERENCE] = peer(ours("reference"))
-    peers[BLOCKED] = peer(blocked)
-    run, why = compiled(sets["random"])
-    if run is None:
-        absent[COMPILED] = why
-    else:
-        peers[COMPILED] = peer(run)
-    peers[OFFICIAL] = peer(official)
+    torch._dynamo.reset()  # one function is compiled for a few shapes only, and every case is another
+    others = other.everywhere()
+    if device.type == "cuda":
+        others |= other.on_gpu()
+        absent |= other.UNSUITABLE
+    peers |= {name: peer(run, **options) for name, (run, options) in others.items()}
+    peers[OFFICIAL] = peer(other.official)
     moved = 4.0 * (k * c + 3 * n * c)
-    return Case("info_nce", f"N={n}, K={k}, C={c}", peers, 4.0 * n * k * c, moved, absent)
+    label = f"N={n}, K={k}, C={c}" + ("" if temperature == TEMPERATURE else f", T={temperature:g}")
+    return Case("info_nce", label, peers, 4.0 * n * k * c, moved, absent)
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, device: torch.device) -> Iterator[Case]:
     """One case per batch size, made when asked for and freed by whoever drops it."""
     for size in QUICK if quick else SIZES:
-        yield case.__wrapped__(size)
+        yield case.__wrapped__(size, device)
 
 
 @pytest.mark.parametrize("name", PEERS)

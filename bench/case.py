@@ -6,21 +6,26 @@ never timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from moco_fast import native
+import moco_fast
+from moco_fast import backends
 
 OURS = "moco_fast"  # the names of our own peers begin with it
 NATIVE, REFERENCE, OFFICIAL = f"{OURS} native", f"{OURS} reference", "official formula"
 
 
 class WrongResult(RuntimeError):
-    """A peer differs from float64 by more than rounding explains."""
+    """One of our own ways, or the official one, differs from float64 by more than rounding explains."""
+
+
+class Absent(RuntimeError):
+    """Somebody else's way does not run here, or not rightly; says why."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,43 @@ class Case:
         """Return the errors of a peer against float64.
 
         Raises:
-            WrongResult: one of them is above the tolerance of the peer, or NaN.
+            WrongResult: ours or the official formula, with an error above its tolerance, or NaN.
+            Absent: any other peer that fails or is wrong: not installed, no compiler, no such hardware.
         """
-        peer = self.peers[name]
-        errors = peer.errors()
+        peer, trusted = self.peers[name], name.startswith(OURS) or name == OFFICIAL
+        try:
+            errors = peer.errors()
+        except Exception as error:  # of other people's libraries and of compilers: any type
+            if trusted:
+                raise
+            raise Absent(f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}") from error
         for what, error in errors.items():
             if not error <= peer.tolerance:
-                raise WrongResult(
-                    f"{self.op}, {self.label}: {name} is wrong and was not timed: {what} {error:.1e} "
-                    f"against float64, expected at most {peer.tolerance:.0e}"
-                )
+                found = f"{what} {error:.1e} against float64, expected at most {peer.tolerance:.0e}"
+                if trusted:
+                    raise WrongResult(f"{self.op}, {self.label}: {name} is wrong and was not timed: {found}")
+                raise Absent(f"its result is wrong: {found}")
         return errors
 
 
-def without_native() -> dict[str, str]:
-    """The native peer with the reason why it is absent; empty if it is there."""
-    reason = native.unavailable()
-    return {} if reason is None else {NATIVE: reason}
+def serving(op: str, tensors: Sequence[Tensor]) -> tuple[list[str], dict[str, str]]:
+    """Backends that serve ``op`` on the tensors; and, by the names of their peers, why the others do not."""
+    names, absent = [], {}
+    for name in backends.BACKENDS:
+        if name == "triton" and tensors[0].device.type == "cpu":  # its interpreter is for tests
+            absent[f"{OURS} {name}"] = "it runs on the GPU"
+            continue
+        try:
+            with moco_fast.use_backend(name):
+                served = hasattr(backends.choose(op, tensors), op)
+        except RuntimeError as error:
+            absent[f"{OURS} {name}"] = str(error).partition(f"cannot serve {op}: ")[2] or str(error)
+            continue
+        if served:
+            names.append(name)
+        else:
+            absent[f"{OURS} {name}"] = f"it has no {op}"
+    return names, absent
 
 
 def bind(run: Callable, errors: Callable[[Callable], dict[str, float]], *inputs: object, **options) -> Peer:

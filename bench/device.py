@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -16,22 +17,51 @@ import moco_fast
 from moco_fast import native
 
 
-def describe(threads: int) -> dict[str, Any]:
-    """Name, CPU, instruction set, threads, load, versions, commit and date of this run."""
-    cpu, isa = _cpu_model(), _isa()
+def pick(name: str) -> torch.device:
+    """The device to measure: "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: "cuda" without a GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch finds no GPU")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def describe(threads: int, device: torch.device) -> dict[str, Any]:
+    """Name, processor, instruction set, threads, load, versions, commit and date of this run."""
+    cpu = _cpu_model()
+    processor = [cpu, _isa(), f"{threads} threads"] if device.type == "cpu" else _gpu(device)
     return {
-        "name": re.sub(r"[^a-z0-9]+", "-", f"{cpu} {isa} {threads} threads".lower()).strip("-"),
+        "name": re.sub(r"[^a-z0-9]+", "-", " ".join(processor[:3]).lower()).strip("-"),
+        "type": device.type,
+        "processor": ", ".join(processor),
         "cpu": cpu,
-        "isa": isa,
+        "isa": _isa(),
         "threads": threads,
         "cpus": os.cpu_count() or 1,
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "moco_fast": moco_fast.__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _gpu(device: torch.device) -> list[str]:
+    about = torch.cuda.get_device_properties(device)
+    return [about.name, f"sm_{about.major}{about.minor}", f"CUDA {torch.version.cuda}"]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

@@ -7,6 +7,7 @@ call once, give freed pages back (``malloc_trim``), reset the peak
 from the new peak (``VmHWM``). Buffers that a library keeps from one call to the
 next are not counted; pages are, so figures below 1 MB are noise.
 
+All of this is for the CPU; on a GPU torch's allocator counts (``bench/cuda.py::peak_extra``).
 ``python -m bench.memory [--quick]`` prints a line of JSON per op.
 """
 
@@ -18,7 +19,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -68,10 +72,12 @@ def main() -> None:
 
     measure.use_threads()
     for op, module in OPS.items():
-        figures = {
-            case.label: {name: peak_extra(peer.run) for name, peer in case.peers.items()}
-            for case in module.cases("--quick" in sys.argv[1:])
-        }
+        figures: dict[str, dict[str, int]] = {}
+        for case in module.cases("--quick" in sys.argv[1:], torch.device("cpu")):
+            figures[case.label] = {}
+            for name, peer in case.peers.items():
+                with suppress(Exception):  # why it fails is told where it is checked
+                    figures[case.label][name] = peak_extra(peer.run)
         print(json.dumps([op, figures]), flush=True)
 
 

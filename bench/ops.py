@@ -1,5 +1,10 @@
-"""The ops that are measured: module by name; each offers ``cases(quick)``."""
+"""What is measured: module by name; each offers ``cases(quick, device)``."""
 
-from bench import bench_ema_update, bench_enqueue, bench_info_nce
+from bench import bench_ema_update, bench_enqueue, bench_fused_step, bench_info_nce
 
-OPS = {"info_nce": bench_info_nce, "ema_update_": bench_ema_update, "enqueue_": bench_enqueue}
+OPS = {
+    "info_nce": bench_info_nce,
+    "ema_update_": bench_ema_update,
+    "fused step": bench_fused_step,
+    "enqueue_": bench_enqueue,
+}

@@ -22,9 +22,8 @@ def plot(path: Path, report: dict) -> None:
     """Write the picture of a report."""
     cases = report["cases"]
     rows = math.ceil(len(cases) / COLUMNS)
-    figure, grid = plt.subplots(
-        rows, COLUMNS, figsize=(13, 0.9 + 2.7 * rows), squeeze=False, layout="constrained"
-    )
+    height = 0.9 + rows * max(2.7, 0.4 * max(len(case["peers"]) for case in cases))
+    figure, grid = plt.subplots(rows, COLUMNS, figsize=(13, height), squeeze=False, layout="constrained")
     panels = list(grid.flat)
     for axes, case in zip(panels, cases, strict=False):
         _panel(axes, case)
@@ -39,7 +38,13 @@ def plot(path: Path, report: dict) -> None:
         fontweight="bold",
     )
     figure.text(
-        0.01, 0.965, "; ".join([where[0], *where[2:]]), ha="left", va="top", fontsize=9.5, color="#555b63"
+        0.01,
+        1 - 0.315 / height,
+        "; ".join([where[0], *where[2:]]),
+        ha="left",
+        va="top",
+        fontsize=9.5,
+        color="#555b63",
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -55,7 +60,7 @@ def _panel(axes: Axes, case: dict) -> None:
         memory = "" if extra is None else ", < 1 MB" if extra < 1 else f", {extra:.0f} MB"
         axes.text(
             peer["times_fastest"] + 0.012 * max(ratios), y,
-            f"{peer['times_fastest']:.1f}x   {tables.digits(peer['p50_ms'])} ms{memory}",
+            f"{peer['times_fastest']:.1f}x   {tables.duration(peer['p50_ms'])}{memory}",
             va="center", fontsize=9,
         )  # fmt: skip
     axes.set_yticks(positions, [peer["name"] for peer in peers])

@@ -15,10 +15,13 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 def headline(report: dict) -> str:
     """Where, with what and when, in one line."""
     device, roof = report["device"], report["roofline"]
-    rates = ", ".join(f"{rate * 1e3:.0f} GFLOP/s {name}" for name, rate in roof["tflop_per_s"].items())
+    rates = ", ".join(
+        f"{rate:.0f} TFLOP/s {name}" if rate >= 10 else f"{rate * 1e3:.0f} GFLOP/s {name}"
+        for name, rate in roof["tflop_per_s"].items()
+    )
     commit = f" ({device['commit']})" if device["commit"] else ""
     return (
-        f"{device['cpu']}, {device['isa']}, {device['threads']} threads; "
+        f"{device['processor']}; "
         f"copy {roof['copy_gb_per_s']:.1f} GB/s, torch.mm {rates}; "
         f"moco_fast {device['moco_fast']}{commit}, torch {device['torch']}, Python {device['python']}; "
         f"{device['date'][:10]}"
@@ -28,13 +31,21 @@ def headline(report: dict) -> str:
 def _columns(case: dict) -> list[str]:
     return [
         "",
-        "p20 / p50 / p80 ms",
+        "p20 / p50 / p80",
+        *_other_modes(case),
         "of fastest",
         "vs official",
         "extra MB",
+        "GB/s",
+        "TFLOP/s",
         "roofline",
         *(f"{what} error{f' ({kinds})' if kinds else ''}" for what, kinds, _ in _errors(case["peers"][0])),
     ]
+
+
+def _other_modes(case: dict) -> list[str]:
+    """Ways of timing beside the first, which every peer has."""
+    return list(dict.fromkeys(mode for peer in case["peers"] for mode in list(peer["modes"])[1:]))
 
 
 def _errors(peer: dict) -> list[tuple[str, str, str]]:
@@ -51,19 +62,28 @@ def _errors(peer: dict) -> list[tuple[str, str, str]]:
 
 def _rows(case: dict) -> Iterator[tuple[dict, list[str]]]:
     for peer in case["peers"]:
-        extra = peer["extra_memory_mb"]
+        extra, modes = peer["extra_memory_mb"], peer["modes"]
         yield (
             peer,
             [
                 peer["name"],
-                " / ".join(digits(peer[f"{p}_ms"]) for p in ("p20", "p50", "p80")),
+                duration(*(peer[f"{p}_ms"] for p in ("p20", "p50", "p80"))),
+                *(duration(modes[m]["p50_ms"]) if m in modes else "" for m in _other_modes(case)),
                 f"{peer['times_fastest']:.2f}x",
                 f"{peer['speedup_over_official']:.2f}x",
                 "" if extra is None else "< 1" if extra < 1 else f"{extra:.0f}",
+                digits(peer["gb_per_s"]),
+                f"{peer['tflop_per_s']:.2f}",
                 f"{peer['roofline_share']:.0%}",
                 *(figures for _, _, figures in _errors(peer)),
             ],
         )
+
+
+def duration(*ms: float) -> str:
+    """Milliseconds with their unit, which is us where the last of them is below one."""
+    scale, unit = (1e3, "us") if ms[-1] < 1 else (1, "ms")
+    return f"{' / '.join(digits(value * scale) for value in ms)} {unit}"
 
 
 def digits(value: float) -> str:

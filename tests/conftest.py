@@ -1,6 +1,8 @@
 """Shared by all tests: the backends of this machine, and a last line that says what could not be tested."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ if not torch.cuda.is_available():
 from moco_fast import backends, native
 from moco_fast.kernels import backend as triton
 
-# (backend, device): on a GPU machine every backend runs there too, and Triton nowhere else.
-PLACES = [("reference", "cpu"), ("native", "cpu"), ("triton", "cpu")]
-if torch.cuda.is_available():
-    PLACES = [*PLACES[:2], *((name, "cuda") for name in backends.BACKENDS)]
+sys.path.append(str(Path(__file__).parent.parent))  # bench/ belongs to the checkout and is not installed
+
+# (backend, device). Those on a GPU are skipped, and counted, where there is none.
+PLACES = [("reference", "cpu"), ("native", "cpu"), *((name, "cuda") for name in backends.BACKENDS)]
+if triton.interpreted():
+    PLACES.append(("triton", "cpu"))
 
 
 @pytest.fixture(
@@ -64,6 +68,14 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped, by name, where torch finds none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say which parts of the library this machine could not test, so that green is not read as complete."""
     missing = []
@@ -78,5 +90,8 @@ def pytest_terminal_summary(terminalreporter):
     if reason := triton.cannot_serve("info_nce", ()):
         missing.append(f"Triton kernels ({reason})")
     if not torch.cuda.is_available():
-        missing.append("everything on a GPU (none here; Triton kernels ran in the interpreter)")
+        skipped = [r for r in terminalreporter.getreports("skipped") if "gpu" in r.keywords]
+        missing.append(
+            f"everything on a GPU (none here: {len(skipped)} tests; Triton ran in the interpreter)"
+        )
     terminalreporter.write_line(f"NOT TESTED on this machine: {'; '.join(missing) or 'nothing'}")

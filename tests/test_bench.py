@@ -1,4 +1,4 @@
-"""The benchmark suite: one command end to end, wrong results refused, the README's table replaced."""
+"""The benchmark command, end to end: its JSON, tables, picture, the README's table, the sweep."""
 
 import json
 import os
@@ -9,26 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import moco_fast
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench/ belongs to the checkout and is not installed
 
 pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from bench import (  # noqa: E402
-    __main__,
-    bench_ema_update,
-    bench_enqueue,
-    bench_info_nce,
-    collect,
-    measure,
-    memory,
-    report,
-)
-from bench.case import OFFICIAL, OURS, WrongResult  # noqa: E402
+from bench import __main__, info_nce_peers, memory, report, sweep  # noqa: E402
+from bench.case import OFFICIAL, OURS  # noqa: E402
+from bench.measure import LEAST_ROUNDS  # noqa: E402
 
 README = f"# Title\n\n{report.BEGIN}\nold figures\n{report.END}\nafter\n"
 REFERENCE = f"{OURS} reference"
@@ -40,7 +29,7 @@ def quick_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     (folder / "README.md").write_text(README)
     where = ["--out", folder / "out", "--readme", folder / "README.md"]
-    command = [sys.executable, "-m", "bench", "--quick", *where]
+    command = [sys.executable, "-m", "bench", "--quick", "--device", "cpu", *where]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment.pop("MOCO_FAST_BACKEND", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -57,15 +46,17 @@ def test_json_holds_every_figure(quick_run):
         figures["device"]
     )
     assert figures["roofline"]["copy_gb_per_s"] > 0 and figures["roofline"]["tflop_per_s"]["fp32"] > 0
-    assert {case["op"] for case in figures["cases"]} == {"info_nce", "ema_update_", "enqueue_"}
+    assert figures["device"]["type"] == "cpu"
+    assert {case["op"] for case in figures["cases"]} == {"info_nce", "ema_update_", "fused step", "enqueue_"}
     for case in figures["cases"]:
-        assert case["rounds"] >= measure.LEAST_ROUNDS
+        assert case["rounds"] >= LEAST_ROUNDS
         names = [peer["name"] for peer in case["peers"]]
-        assert OFFICIAL in names and REFERENCE in names
+        assert OFFICIAL in names and any(name.startswith(REFERENCE) for name in names)
         assert case["peers"][0]["times_fastest"] == 1
         for peer in case["peers"]:
             assert 0 < peer["p20_ms"] <= peer["p50_ms"] <= peer["p80_ms"]
-            assert peer["roofline_share"] > 0 and peer["speedup_over_official"] > 0
+            assert list(peer["modes"]) == ["cold"] and peer["modes"]["cold"]["p50_ms"] == peer["p50_ms"]
+            assert peer["roofline_share"] > 0 and peer["speedup_over_official"] > 0 and peer["gb_per_s"] > 0
             assert all(0 <= error < 1e-1 for error in peer["errors"].values())
             assert peer["extra_memory_mb"] is not None or not memory.CLEAR_REFS.exists()
 
@@ -92,53 +83,36 @@ def test_readme_without_markers_is_refused_before_measuring(tmp_path, monkeypatc
     assert path.read_text() == text
 
 
-def test_wrong_results_are_refused(monkeypatch):
-    monkeypatch.setattr(bench_info_nce, "compiled", lambda x: (None, "left out of this test"))
-    right = moco_fast.info_nce
-    (case,) = bench_info_nce.cases(quick=True)
-    assert max(case.check(REFERENCE).values()) < 1e-5
-    for wrong in (lambda *a, **o: right(*a, **o) * 1.001, lambda *a, **o: right(*a, **o) * float("nan")):
-        monkeypatch.setattr(moco_fast, "info_nce", wrong)
-        with pytest.raises(WrongResult, match=f"info_nce, N=8.*{REFERENCE} is wrong and was not timed: loss"):
-            case.check(REFERENCE)
-
-    (case,) = bench_ema_update.cases(quick=True)
-    monkeypatch.setattr(moco_fast, "ema_update_", lambda targets, sources, m: None)
-    with pytest.raises(WrongResult, match="ema_update_"):
-        case.check(REFERENCE)
-
-    (case,) = bench_enqueue.cases(quick=True)
-    monkeypatch.setattr(moco_fast, "enqueue_", lambda queue, ptr, keys: queue.zero_())
-    with pytest.raises(WrongResult, match="enqueue_"):
-        case.check(REFERENCE)
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="device 'cuda' was asked for, but torch finds no GPU"):
+        __main__.main(["--device", "cuda"])
 
 
-def test_rounds_are_interleaved():
-    calls = []
-    times = measure.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, seconds=1e-6)
-    assert all(len(values) == measure.LEAST_ROUNDS for values in times.values())
-    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
-    assert all(sorted(r) == list("abc") for r in rounds) and set(rounds) == {"abc", "bca", "cab"}
+def test_sweep(tmp_path, monkeypatch):
+    """Every axis and peer in one picture; a peer that is wrong at a point is missing there, and named."""
+    right = info_nce_peers.blocked
 
+    def wrong_when_hot(x):
+        loss, dq = right(x)
+        return (loss, dq) if x.temperature < 0.5 else (loss * 2, dq)
 
-@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="needs Linux's /proc/self/clear_refs")
-def test_memory_sees_a_temporary():
-    assert 60e6 < memory.peak_extra(lambda: torch.ones(2**24).sum()) < 80e6
-    assert memory.peak_extra(lambda: None) < 2e6
-
-
-def test_roofline_share():
-    roof = measure.Roofline(5.0, {"fp32": 100.0}).raised_by(measure.Roofline(10.0, {"fp32": 90.0}))
-    assert roof.share(flops=50, nbytes=1, product="fp32", seconds=1) == 0.5
-    assert roof.share(flops=0, nbytes=8, product="fp32", seconds=1) == 0.8
-
-
-def test_notes_name_what_is_missing(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    results = [{"op": "info_nce", "absent": {"torch.compile": "no compiler"}}]
-    text = " ".join(collect.notes({"load": 3.0, "cpus": 2}, results, quick=False))
-    assert "GPU kernels are not part of this version" in text and "busy when the run began (load 3.0" in text
-    assert "Not measured for info_nce: torch.compile (no compiler)" in text and "Smoke run" not in text
+    monkeypatch.setattr(info_nce_peers, "blocked", wrong_when_hot)
+    monkeypatch.setattr(info_nce_peers, "compiled", lambda: right)  # compiling takes longer than the rest
+    monkeypatch.setattr(sweep, "QUICK_AXES", {"N": [4, 8], "K": [64], "C": [16], "T": [0.07, 1.0]})
+    __main__.main(["--sweep", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*-sweep.json")
+    figures = json.loads(path.read_text())
+    assert [point["value"] for point in figures["axes"]["N"]] == [4, 8]
+    for points in figures["axes"].values():
+        for point in points:
+            assert {OFFICIAL, REFERENCE} <= set(point["p50_ms"]) and min(point["p50_ms"].values()) > 0
+            assert (info_nce_peers.BLOCKED in point["p50_ms"]) == (point["value"] != 1.0)
+    (note,) = [note for note in figures["notes"] if info_nce_peers.BLOCKED in note]
+    assert note.startswith(
+        "Not measured at N=8, K=64, C=16, T=1: blocked torch.mm (its result is wrong: loss"
+    )
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_suites_are_collected_with_their_own_configuration():

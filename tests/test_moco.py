@@ -6,11 +6,11 @@ import io
 import pytest
 import torch
 import torchvision
-from eager_moco import EagerMoCo
 from torch import nn
 from torch.nn import functional as F
 
 import moco_fast
+from bench.eager_moco import EagerMoCo
 from moco_fast.models.heads import head_path
 from moco_fast.norm import split_batchnorm
 

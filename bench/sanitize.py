@@ -1,0 +1,61 @@
+"""Every GPU kernel of the library once or twice at small odd shapes: what compute-sanitizer is run on.
+
+``compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.sanitize``
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import moco_fast
+from bench.bench_fused_step import OPTIMIZERS, FusedStep
+from bench.case import serving
+
+SHAPES = [(5, 257, 37), (37, 1000, 128)]  # N, K, C: no multiple of a tile, and one that is
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRECISIONS = ("highest", "high", "medium")
+
+
+def kernels(op: str, *tensors: Tensor) -> list[str]:
+    """Backends with kernels of ours; the reference is PyTorch's own."""
+    return [name for name in serving(op, tensors)[0] if name != "reference"]
+
+
+def main() -> None:
+    """Call everything, wait, and say how much that was."""
+    device = torch.device("cuda")
+    calls = 0
+    for n, k, c in SHAPES:
+        for dtype in DTYPES:
+            q = torch.randn(n, c, device=device, dtype=dtype, requires_grad=True)
+            keys = torch.randn(n, c, device=device, dtype=dtype)
+            queue = torch.nn.functional.normalize(torch.randn(k, c, device=device), dim=1)
+            for name in kernels("info_nce", q, keys, queue):
+                for precision in PRECISIONS:
+                    with moco_fast.use_backend(name):
+                        loss, _ = moco_fast.info_nce(q, keys, queue, precision=precision, return_stats=True)
+                        loss.backward()
+                    calls += 1
+            for name in kernels("ema_update_", keys):
+                with moco_fast.use_backend(name):
+                    moco_fast.ema_update_([keys, keys[0].clone()], [q.detach(), q.detach()[0]], 0.99)
+                calls += 1
+            for name in kernels("enqueue_", queue, keys):
+                ptr = torch.tensor([k - 2], device=device)
+                with moco_fast.use_backend(name):
+                    moco_fast.enqueue_(queue, ptr, keys)
+                calls += 1
+    start = [torch.randn(shape, device=device) for shape in ((37,), (5, 3, 3, 3), (1000, 7))]
+    for optimizer in OPTIMIZERS:
+        for name in kernels(f"{optimizer.lower()}_", *start) if hasattr(moco_fast, optimizer) else ():
+            step = FusedStep(start, optimizer, name)
+            step.run()
+            step.run()  # with a momentum
+            calls += 2
+    torch.cuda.synchronize()
+    print(f"{calls} calls of GPU kernels")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The benchmark of the whole step: its report, its breakdown, and that wrong losses are refused."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from bench import stages, step
+from bench.case import WrongResult
+
+CPU = torch.device("cpu")
+
+
+def test_command(tmp_path, capsys):
+    step.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*-step.json")
+    (result,) = json.loads(path.read_text())["configs"]
+    assert [way["name"] for way in result["ways"]] == step.WAYS
+    assert result["ways"][0]["tax"] == 1
+    for way in result["ways"]:
+        assert 0 < way["p20_ms"] <= way["p50_ms"] <= way["p80_ms"] and way["images_per_s"] > 0
+        assert way["host_gaps_ms"] is None  # a CPU has none
+    printed = capsys.readouterr().out
+    assert "tax" in printed and step.EAGER in printed
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", [step.FUSED, step.DROP_IN, step.EAGER])
+def test_every_stage_is_seen(name):
+    """Marks of one step, in order; and nothing of the watching stays behind."""
+
+    class Listening(stages.Clock):
+        def mark(self, stage):
+            seen.append(stage)
+            super().mark(stage)
+
+    seen = []
+    one = step.Step(name, step.QUICK_CONFIGS[0], CPU)
+    clock = Listening(CPU)
+    with stages.watch(one.model, clock):
+        clock.start()
+        one(clock.mark)
+    found = clock.seconds()
+    assert all(found[stage] > 0 for stage in stages.STAGES)
+    assert seen[:4] == ["other", "encoders", "other", "EMA"]
+    assert seen[-5:] == ["enqueue", "loss", "loss", "encoders", "optimizer"]
+    count = len(seen)
+    one(lambda stage: None)
+    assert len(seen) == count
+
+
+def test_bare_step_has_no_key_update():
+    one = step.Step(step.BARE, step.QUICK_CONFIGS[0], CPU)
+    queue, key = one.model.queue.clone(), next(one.model.encoder_k.parameters()).clone()
+    query = next(one.model.encoder_q.parameters()).clone()
+    one()
+    assert torch.equal(one.model.queue, queue)
+    assert torch.equal(next(one.model.encoder_k.parameters()), key)
+    assert not torch.equal(next(one.model.encoder_q.parameters()), query)
+
+
+def test_losses_that_differ_are_refused(monkeypatch):
+    monkeypatch.setattr(step.moco_fast.MoCo, "loss", lambda self, q, k: self.encoder_q(q).mean())
+    with pytest.raises(WrongResult, match=r"the loss of moco_fast \.loss is"):
+        step.measure_config(step.QUICK_CONFIGS[0], CPU, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", step.WAYS)
+def test_gpu_step(name):
+    device = torch.device("cuda", 0)
+    one = step.Step(name, step.QUICK_CONFIGS[0], device)
+    one()
+    assert 0 < one.timer()() < 10
+    if name != step.BARE:
+        assert all(ms >= 0 for ms in one.breakdown().values())
+    assert stages.busy_seconds(one, device) is None or stages.busy_seconds(one, device) > 0
