@@ -30,15 +30,20 @@ INFO_NAME = "_build_info.json"
 # No -ffast-math anywhere: NaN and infinity must reach the loss.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Compiled once per entry, with -DMOCO_FAST_ISA=<name>; the CPU decides at run time.
-ISA_SOURCES = {"info_nce_cpu.cpp"}
+ISA_SOURCES = {"info_nce_cpu.cpp", "sgd_cpu.cpp", "adamw_cpu.cpp"}
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+# No value changes without errno and traps, but square roots and choices become vector instructions.
+OPTIMIZER_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 SOURCE_FLAGS = {
     "info_nce_cpu.cpp": ["-ffp-contract=fast"],
-    "ema_update_cpu.cpp": ["-ffp-contract=off"],  # bitwise equal to t * m + s * (1 - m) in torch
+    # Bitwise equal to torch, which the compiler must not round in its own way.
+    "ema_update_cpu.cpp": ["-ffp-contract=off"],
+    "sgd_cpu.cpp": OPTIMIZER_FLAGS,
+    "adamw_cpu.cpp": OPTIMIZER_FLAGS,
 }
 
 

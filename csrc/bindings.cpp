@@ -4,17 +4,20 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "adamw.h"
 #include "cpu_features.h"
 #include "dlpack.h"
 #include "ema_update.h"
 #include "enqueue.h"
 #include "info_nce.h"
+#include "sgd.h"
 #if defined(MOCO_FAST_CUDA)
 #include "device.h"
 #endif
@@ -166,21 +169,33 @@ bool read_row(const std::vector<py::object>& roles, std::size_t i, bool uniform,
     return contiguous || channels_last;
 }
 
+bool read_step(py::handle object, const mf::dlpack::Device& device, mf::TensorRow& row, std::size_t role) {
+    mf::dlpack::Tensor step;
+    if (!read(object, step) || step.ndim != 0 || !(step.device == device)) return false;
+    row.data[role] = step.data;
+    row.dtype[role] = mf::DType::f32;
+    return dtype_code(step.dtype) == int(mf::DType::f32);
+}
+
 // The rows that kernels can take, and the numbers of the others. Every role is a list of tensors, or of None
-// where a parameter has none (not in the first role).
+// where a parameter has none (not in the first role). Steps, 0-d and float32, become one more role.
 std::pair<Rows, std::vector<int64_t>> read_tensors(const std::vector<py::object>& roles, bool uniform,
-                                                   int device_type, int device_id) {
-    if (roles.empty() || roles.size() > mf::TensorRow::kMaxRoles || !exchange_api)
+                                                   int device_type, int device_id,
+                                                   const std::optional<py::list>& steps) {
+    if (roles.empty() || roles.size() + steps.has_value() > mf::TensorRow::kMaxRoles || !exchange_api)
         throw std::invalid_argument("read_tensors: no exchange table, or not 1 to " +
                                     std::to_string(mf::TensorRow::kMaxRoles) + " roles");
     for (const py::object& role : roles)
         if (!PyList_Check(role.ptr()) || PyList_GET_SIZE(role.ptr()) != PyList_GET_SIZE(roles[0].ptr()))
             throw std::invalid_argument("read_tensors: roles must be lists of one length");
+    if (steps && py::ssize_t(steps->size()) != PyList_GET_SIZE(roles[0].ptr()))
+        throw std::invalid_argument("read_tensors: one step per row");
     std::pair<Rows, std::vector<int64_t>> result{{{}, {device_type, device_id}}, {}};
     auto& [rows, rest] = result;
     for (std::size_t i = 0; i < std::size_t(PyList_GET_SIZE(roles[0].ptr())); ++i) {
         mf::TensorRow row{};
-        if (read_row(roles, i, uniform, rows.device, row))
+        if (read_row(roles, i, uniform, rows.device, row) &&
+            (!steps || read_step((*steps)[i], rows.device, row, roles.size())))
             rows.rows.push_back(row);
         else
             rest.push_back(int64_t(i));
@@ -205,6 +220,36 @@ void ema_update(const Rows& rows, const PyScalar& m, int threads, [[maybe_unused
     if (on_gpu(rows)) return mf::ema_update_cuda(rows.rows, scalar(m), place(rows, stream));
 #endif
     mf::ema_update(rows.rows, scalar(m).value, threads);
+}
+
+using PySgdStep = std::tuple<double, double, double, double, bool, bool, bool>;
+using PyAdamwStep = std::tuple<double, double, double, double, bool>;
+
+int64_t sgd_scratch([[maybe_unused]] const Rows& rows) {
+#if defined(MOCO_FAST_CUDA)
+    if (on_gpu(rows)) return mf::sgd_scratch_cuda(rows.rows);
+#endif
+    return 0;
+}
+
+void sgd_step(const Rows& rows, const PySgdStep& numbers, const PyScalar& lr, const PyScalar& m,
+              [[maybe_unused]] Address scratch, int threads, [[maybe_unused]] Address stream) {
+    const auto step = std::apply([](auto... x) { return mf::SgdStep{x...}; }, numbers);
+#if defined(MOCO_FAST_CUDA)
+    if (on_gpu(rows))
+        return mf::sgd_step_cuda(rows.rows, step, scalar(lr), scalar(m), at<double>(scratch),
+                                 place(rows, stream));
+#endif
+    mf::sgd_step(rows.rows, step, scalar(lr).value, scalar(m).value, threads);
+}
+
+void adamw_step(const Rows& rows, const PyAdamwStep& numbers, const PyScalar& lr, const PyScalar& m,
+                int threads, [[maybe_unused]] Address stream) {
+    const auto step = std::apply([](auto... x) { return mf::AdamwStep{x...}; }, numbers);
+#if defined(MOCO_FAST_CUDA)
+    if (on_gpu(rows)) return mf::adamw_step_cuda(rows.rows, step, scalar(lr), scalar(m), place(rows, stream));
+#endif
+    mf::adamw_step(rows.rows, step, scalar(lr).value, scalar(m).value, threads);
 }
 
 void enqueue(Address queue, int queue_dtype, int64_t slots, int64_t features, Address ptr, Address keys,
@@ -286,7 +331,7 @@ PYBIND11_MODULE(_C, m) {
              "From lists of addresses (0: none) and of dtype codes, one per role.");
     m.def(
         "read_tensors", &read_tensors, py::arg("roles"), py::arg("uniform"), py::arg("device_type"),
-        py::arg("device_id"),
+        py::arg("device_id"), py::arg("steps") = py::none(),
         "(Rows, indices left out) of lists of tensors, one per role; None where a row has no such tensor. "
         "Left out is\nwhat is not in one stretch of memory per tensor, in the same order, on the device, of "
         "dtypes that mix.");
@@ -295,6 +340,17 @@ PYBIND11_MODULE(_C, m) {
         Release(),
         "target <- m * target + (1 - m) * source; rows are (target, source[, master]), m is (value, address "
         "on the\nGPU or 0, dtype code of what is there). On a GPU the kernel is queued in the stream.");
+    m.def("sgd_scratch", &sgd_scratch, py::arg("rows"),
+          "float64 values of scratch that LARS needs, on a GPU.");
+    m.def("sgd_step", &sgd_step, py::arg("rows"), py::arg("step"), py::arg("lr"), py::arg("m"),
+          py::arg("scratch"), py::arg("threads"), py::arg("stream"), Release(),
+          "SGD, or LARS if trust > 0, and EMA; rows are (param, grad, buffer, key), step is (momentum, "
+          "dampening,\nweight_decay, trust, nesterov, maximize, first).");
+    m.def(
+        "adamw_step", &adamw_step, py::arg("rows"), py::arg("step"), py::arg("lr"), py::arg("m"),
+        py::arg("threads"), py::arg("stream"), Release(),
+        "AdamW and EMA; rows are (param, grad, exp_avg, exp_avg_sq, key, step), step is (beta1, beta2, eps, "
+        "\nweight_decay, maximize).");
     m.def("enqueue", &enqueue, py::arg("queue"), py::arg("queue_dtype"), py::arg("slots"),
           py::arg("features"), py::arg("ptr"), py::arg("keys"), py::arg("keys_dtype"), py::arg("n"),
           py::arg("threads"), Release(),

@@ -31,6 +31,7 @@ static inline float from_bits(uint32_t u) {
 }
 
 static inline float to_float(float x) { return x; }
+static inline double to_float(double x) { return x; }  // fp64 is computed in fp64
 static inline float to_float(bf16_t x) { return from_bits(uint32_t(x.bits) << 16); }
 
 // Branch-free: the multiplication by 2^112 moves the exponent bias and normalises denormals at once.
@@ -41,6 +42,7 @@ static inline float to_float(f16_t x) {
 }
 
 static inline void from_float(float x, float& out) { out = x; }
+static inline void from_float(double x, double& out) { out = x; }
 
 static inline void from_float(float x, bf16_t& out) {
     const uint32_t u = to_bits(x);

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from moco_fast.models.moco import MoCo
     from moco_fast.norm import SplitBatchNorm
     from moco_fast.ops import InfoNCEStats, ema_update_, enqueue_, info_nce
+    from moco_fast.optim import LARS, SGD, AdamW
     from moco_fast.queue import KeyQueue
 
 __all__ = [
+    "LARS",
+    "SGD",
+    "AdamW",
     "InfoNCEStats",
     "KeyQueue",
     "MoCo",
@@ -30,6 +34,9 @@ __all__ = [
 
 # Imported when first used: the command line has to set OpenMP's policy before anything imports torch.
 _HOME = {
+    "AdamW": "optim",
+    "LARS": "optim",
+    "SGD": "optim",
     "InfoNCEStats": "ops",
     "KeyQueue": "queue",
     "MoCo": "models.moco",

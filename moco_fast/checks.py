@@ -44,6 +44,14 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
+def not_negative(name: str, value: object) -> float:
+    """Return ``value`` as a float that is finite and at least 0, or raise."""
+    result = number(name, value)
+    if not 0 <= result < math.inf:  # NaN fails too
+        raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+    return result
+
+
 def count(name: str, value: object) -> int:
     """Return ``value`` if it is an integer of at least 1, or raise."""
     if isinstance(value, bool) or not isinstance(value, int):

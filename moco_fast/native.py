@@ -31,8 +31,8 @@ _READS_TENSORS = (
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-# Ops over lists of tensors, with kernels for the CPU and for GPUs, in float64 too.
-MULTI_TENSOR = ("ema_update_",)
+# Ops over lists of tensors, the optimizers' steps among them: kernels for CPU and GPU, also in float64.
+MULTI_TENSOR = ("ema_update_", "sgd_", "adamw_")
 
 # Device types as DLPack numbers them.
 DEVICES = {"cpu": 1, "cuda": 2}
@@ -183,6 +183,7 @@ def _rows(
     device: torch.device,
     *,
     uniform: bool = False,
+    steps: list[Tensor] | None = None,  # one more role, of 0-d float32 tensors
 ) -> tuple[Any, list[int]]:
     """Addresses of tensors that belong together, row by row, and the indices of rows without a kernel.
 
@@ -191,15 +192,59 @@ def _rows(
     """
     where = DEVICES[device.type], device.index or 0
     if _READS_TENSORS:
-        return _C.read_tensors(roles, uniform, *where)
+        return _C.read_tensors(roles, uniform, *where, steps)
     good: list[int] = []
     rest: list[int] = []
     for i, row in enumerate(zip(*roles, strict=True)):
         (good if _fits([t for t in row if t is not None], device, uniform) else rest).append(i)
-    kept = _take(roles, good)
+    kept = _take(roles if steps is None else [*roles, steps], good)
     addresses = [[0 if t is None else t.data_ptr() for t in role] for role in kept]
     dtypes = [[0 if t is None else DTYPES[t.dtype] for t in role] for role in kept]
     return _C.Rows(addresses, [t.numel() for t in kept[0]], dtypes, *where), rest
+
+
+def sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor] | list[None],
+    keys: list[Tensor | None],
+    lr: float | Tensor,
+    m: float | Tensor,
+    step: reference.SgdStep,
+) -> None:
+    """See :func:`moco_fast.reference.sgd_`."""
+    device = params[0].device
+    roles: list[list] = [params, grads, buffers, keys]
+    rows, rest = _rows(roles, device, uniform=True)
+    if rest:
+        left, with_grads, with_buffers, with_keys = _take(roles, rest)
+        reference.sgd_(left, with_grads, with_buffers, with_keys, lr, m, step)
+    scratch = torch.empty(_C.sgd_scratch(rows) if step.trust else 0, dtype=torch.float64, device=device)
+    _C.sgd_step(
+        rows, tuple(step), _scalar(lr), _scalar(m), scratch.data_ptr(),
+        torch.get_num_threads(), _stream(device),
+    )  # fmt: skip
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    keys: list[Tensor | None],
+    lr: float | Tensor,
+    m: float | Tensor,
+    step: reference.AdamwStep,
+) -> None:
+    """See :func:`moco_fast.reference.adamw_`."""
+    device = params[0].device
+    roles: list[list] = [params, grads, averages, squares, keys]
+    rows, rest = _rows(roles, device, uniform=True, steps=steps)
+    if rest:
+        left, with_grads, means, spreads, with_keys, counts = _take([*roles, steps], rest)
+        reference.adamw_(left, with_grads, means, spreads, counts, with_keys, lr, m, step)
+    _C.adamw_step(rows, tuple(step), _scalar(lr), _scalar(m), torch.get_num_threads(), _stream(device))
 
 
 def _fits(tensors: list[Tensor], device: torch.device, uniform: bool) -> bool:

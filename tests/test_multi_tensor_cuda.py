@@ -52,4 +52,4 @@ def test_no_spills_and_wide_accesses(source, tmp_path):
         assert re.search(r"\bLDG\.E(\.\w+)*\.128\b", sass) and re.search(r"\bSTG\.E(\.\w+)*\.128\b", sass)
         assert not re.search(r"\b(LDL|STL)\b", sass), "local memory"
         # The table stays in the constant bank: read there by a block-dependent offset, never copied.
-        assert re.search(r"\bLDC(\.\w+)* R\d+, c\[0x0\]\[R\d+", sass)
+        assert re.search(r"\bU?LDC(\.\w+)* U?R\d+, c\[0x0\]\[U?R\d+", sass)

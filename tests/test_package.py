@@ -20,7 +20,7 @@ LAYERS = [
     ("checks",),
     ("backends",),
     ("ops", "doctor"),
-    ("queue", "norm", "distributed"),
+    ("queue", "norm", "distributed", "optim"),
     ("models", "data"),
     ("evaluate",),
     ("train",),

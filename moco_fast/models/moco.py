@@ -88,6 +88,7 @@ class MoCo(KeyQueue):
         self.K, self.m, self.T = K, m, T
         self.bn_splits = bn_splits
         self.head = head
+        self.ema_in_step = False
         self.encoder_q = split_batchnorm(encoder_q, bn_splits) if bn_splits > 1 else encoder_q
         self.encoder_k = split_batchnorm(encoder_k, bn_splits) if bn_splits > 1 else encoder_k
         for param_q, param_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
@@ -153,6 +154,26 @@ class MoCo(KeyQueue):
             self.enqueue_(all_keys)
         return result
 
+    def move_ema_into_step(self) -> list[tuple[Tensor, Tensor]]:
+        """Leave the key encoder's update to the optimizer, fused into its step.
+
+        Sets :attr:`ema_in_step`, after which the forward pass no longer updates the key encoder. The
+        optimizer does it right after the query encoder's update instead of right before the next use,
+        which is the same: the first update, which this leaves out, averages two equal encoders. A checkpoint
+        then holds keys that have made the update which the next forward pass would have made, and a step
+        that a GradScaler skips updates no keys.
+
+        Returns:
+            (key, query) pairs of parameters: the argument ``ema`` of the optimizers in
+            :mod:`moco_fast.optim`. Their ``m``, not that of the model, is the momentum then.
+
+        Example:
+            >>> pairs = model.move_ema_into_step()
+            >>> optimizer = moco_fast.SGD(model.parameters(), lr=0.03, momentum=0.9, ema=pairs, m=model.m)
+        """
+        self.ema_in_step = True
+        return list(zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True))
+
     def features(
         self,
         images: Tensor,  # (N, ...)
@@ -189,7 +210,7 @@ class MoCo(KeyQueue):
             )
 
         q = self.encoder_q(im_q)
-        if self.training:
+        if self.training and not self.ema_in_step:
             ops.ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.m)
         k, all_keys = distributed.encode_shuffled(self.encoder_k, im_k, self._permutation(batch))
         return q, k, all_keys
