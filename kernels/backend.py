@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moco_fast import reference
 
+OPS = ("info_nce", "ema_update_", "enqueue_")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
 OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
@@ -29,6 +30,8 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot run ``op`` on the tensors, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if op not in OPS:
+        return f"it has no kernel for {op}"
     for tensor in tensors:
         if tensor.device.type == "cpu" and not interpreted():
             return "it runs on the GPU (on the CPU with TRITON_INTERPRET=1, for tests)"

@@ -13,7 +13,7 @@ Reference: moco_fast/reference.py::ema_update_.  Tests: tests/test_ema_update.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -139,8 +139,9 @@ def _launch(
     m: Tensor,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     aligned: bool,
+    tiles: tuple[int, int] | None = None,
 ) -> None:
-    block, warps = TILES[dtypes[0].itemsize]
+    block, warps = tiles or TILES[dtypes[0].itemsize]
     addresses = tuple(
         (state.data_ptr(), source.data_ptr(), copy.data_ptr(), state.numel())
         for state, source, copy in zip(states, sources, copies, strict=True)
@@ -159,3 +160,22 @@ def _launch(
             *(TRITON_DTYPES[dtype] for dtype in dtypes), HAS_COPY=states[0] is not copies[0],
             M_ON_DEVICE=on_device, ALIGNED=aligned, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+CANDIDATES = {
+    size: [(block, warps) for block in (1024, 2048, 4096, 8192, 16384) for warps in (4, 8, 16)]
+    for size in TILES
+}
+
+
+def tune_case(size: int) -> Callable[[tuple], Callable[[], object]]:
+    """What bench/tune.py times: 26 M parameters in 160 tensors."""
+    dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[size]
+    targets, sources = ([torch.randn(160_003, device="cuda").to(dtype) for _ in range(160)] for _ in range(2))
+    m = torch.tensor(0.999, dtype=torch.float64)
+
+    def make(tiles: tuple[int, int]) -> Callable[[], object]:
+        aligned = all(t.data_ptr() % 16 == 0 for t in (*targets, *sources))
+        return lambda: _launch(targets, sources, targets, m, (dtype, dtype, dtype), aligned, tiles)
+
+    return make

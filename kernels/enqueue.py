@@ -62,5 +62,6 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = N
         _write[(triton.cdiv(count, block_r),)](
             queue, queue if mirror is None else mirror, ptr, keys, count, queue.shape[0], features,
             HAS_MIRROR=mirror is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=TILES["warps"],
+            enable_fp_fusion=True,
         )  # fmt: skip
         _advance[(1,)](ptr, count, queue.shape[0])

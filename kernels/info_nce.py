@@ -26,6 +26,8 @@ Reference: moco_fast/reference.py::info_nce.  Tests: tests/test_info_nce.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -168,14 +170,14 @@ def _sweep(
     sums,  # (SHARES, N, C) fp32, if DQ
     totals, shifts, cosines,  # (SHARES, N) fp32; cosines if SUMS
     ranks,  # (SHARES, N) int32, if RANKS
-    N, K, C, tiles_per_share, scale, fixed_shift,
+    N, K, C, steps_per_share, scale, fixed_shift,
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr, ONLINE: tl.constexpr, SPLIT: tl.constexpr, SPLIT_QUEUE: tl.constexpr,
     DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     block, share = tl.program_id(0), tl.program_id(1)
-    first = share * tiles_per_share
-    last = tl.minimum(first + tiles_per_share, tl.cdiv(K, BLOCK_N))
+    first = share * steps_per_share
+    last = tl.minimum(first + steps_per_share, tl.cdiv(K, BLOCK_N))
     q = q_desc.load([block * BLOCK_M, 0])
     q_low = q_low_desc.load([block * BLOCK_M, 0]) if SPLIT else q
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -278,10 +280,34 @@ def tiles_for(n: int, block_c: int, device: torch.device) -> tuple[int, int, int
     return TILES["few" if n <= 64 else "many", block_c]
 
 
-def _shares(n: int, features: int, blocks: int, tiles: int, programs: int) -> int:
+CANDIDATES = {
+    key: [
+        (block_m, block_n, warps, stages, per_sm)
+        for block_m in ((64,) if key[0] == "few" else (64, 128))
+        for block_n in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+        for per_sm in (1, 2, 3)
+        # The tiles of the pipeline have to fit in shared memory, the sums in registers.
+        if (block_m + stages * block_n) * key[1] * 2 * per_sm <= 220_000
+        and block_m * (key[1] + block_n) <= 200 * 32 * warps
+    ]
+    for key in TILES
+}
+
+
+def tune_case(key: tuple[str, int]) -> Callable[[tuple], Callable[[], object]]:
+    """What bench/tune.py times: the headline sizes of a class, loss and gradient, from a 16-bit queue."""
+    n, features = 32 if key[0] == "few" else 256, key[1]
+    q, k = torch.randn(2, n, features, device="cuda").unbind()
+    queue = torch.nn.functional.normalize(torch.randn(65536, features, device="cuda"), dim=1).half()
+    return lambda tiles: lambda: info_nce(q, k, queue, 0.07, "high", True, False, tiles)
+
+
+def _shares(n: int, features: int, blocks: int, steps: int, programs: int) -> int:
     """How many programs divide the queue among them: enough to fill the GPU, within the scratch memory."""
     affordable = SCRATCH_BYTES // (4 * n * features)
-    return max(1, min(triton.cdiv(programs, blocks), affordable, tiles))
+    return max(1, min(triton.cdiv(programs, blocks), affordable, steps))
 
 
 def _aligned(queue: Tensor) -> Tensor:
@@ -300,8 +326,9 @@ def info_nce(
     precision: str,
     need_dq: bool,
     need_stats: bool,
+    tiles: tuple[int, int, int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`moco_fast.reference.info_nce`."""
+    """See :func:`moco_fast.reference.info_nce`; ``tiles`` in place of the tables' entry."""
     q, k, queue = q.contiguous(), k.contiguous(), _aligned(queue.contiguous())
     n, features = q.shape
     slots, width = queue.shape
@@ -313,11 +340,11 @@ def info_nce(
     scale = LOG2E / temperature
 
     block_c = max(32, triton.next_power_of_2(features))
-    block_m, block_n, warps, stages, per_sm = tiles_for(n, block_c, q.device)
-    blocks, tiles = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
-    shares = _shares(n, features, blocks, tiles, per_sm * multiprocessors(q.device))
-    tiles_per_share = triton.cdiv(tiles, shares)
-    shares = triton.cdiv(tiles, tiles_per_share)
+    block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, q.device)
+    blocks, steps = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
+    shares = _shares(n, features, blocks, steps, per_sm * multiprocessors(q.device))
+    steps_per_share = triton.cdiv(steps, shares)
+    shares = triton.cdiv(steps, steps_per_share)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -338,21 +365,21 @@ def info_nce(
     with on_device_of(q):
         _prepare[(triton.cdiv(n, rows),)](
             q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
-            WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split,
+            WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
         )  # fmt: skip
         _sweep[(blocks, shares)](
             TensorDescriptor.from_tensor(q_high, block), TensorDescriptor.from_tensor(q_low, block),
             TensorDescriptor.from_tensor(queue, [block_n, block_c]),
             pos, sums, totals, shifts, cosines, ranks,
-            n, slots, features, tiles_per_share, scale, scale - OFFSET[operand],
+            n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
             OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
             EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
-            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=warps, num_stages=stages,
+            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
         _finish[(n,)](
             q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
             n, slots, features, scale, 1 / temperature,
             SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), CHUNK=rows, BLOCK_C=block_c,
-            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
+            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, enable_fp_fusion=True,
         )  # fmt: skip
     return loss, dq, rank, pos[:stats], neg[:stats]

@@ -133,7 +133,7 @@ def test_masters_beside_float64_sources_and_odd_layouts(backend):
         assert (tensor == 0.25).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+@pytest.mark.gpu
 @pytest.mark.parametrize("with_masters", [False, True])
 def test_graph_replays_what_eager_does(backend, with_masters):
     """Captured once, replayed with other values and another m."""
@@ -157,7 +157,7 @@ def test_graph_replays_what_eager_does(backend, with_masters):
         torch._foreach_add_(sources, 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+@pytest.mark.gpu
 def test_runs_on_the_current_stream():
     targets, sources = [torch.zeros(1 << 20, device="cuda")], [torch.zeros(1 << 20, device="cuda")]
     stream = torch.cuda.Stream()

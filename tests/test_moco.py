@@ -39,9 +39,13 @@ def build(cls=moco_fast.MoCo, seed=3, **options):
 
 def views(batch=12, count=1, seed=11):
     generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return torch.randn(batch, 3, 8, 8, generator=generator, device="cpu").to(torch.get_default_device())
+
     for _ in range(count):
-        im_q = torch.randn(batch, 3, 8, 8, generator=generator)
-        yield im_q, im_q + 0.1 * torch.randn(batch, 3, 8, 8, generator=generator)
+        im_q = draw()
+        yield im_q, im_q + 0.1 * draw()
 
 
 def train(model, loss_of, steps=20, batch=12):

@@ -1,0 +1,63 @@
+"""The machine code of the Triton kernels, compiled without a GPU: what keeps them fast, checked anywhere."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Bytes that a block may have on an H200, and on every GPU from Ampere on.
+HOPPER_SHARED, AMPERE_SHARED = 227 * 1024, 99 * 1024
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """What tests/aot.py found, by op and label."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("aot.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {(line["op"], line["label"]): line for line in lines}
+
+
+def test_nothing_spills(kernels):
+    assert len(kernels) >= 25
+    for name, kernel in kernels.items():
+        assert kernel["spills"] == 0 and kernel["local"] == 0, (name, kernel)
+
+
+def test_info_nce_products_do_not_wait_for_each_other(kernels):
+    """On Hopper: wgmma only, one ARRIVE per product; more would mean operands that pass through registers."""
+    for (op, label), kernel in kernels.items():
+        if op == "info_nce" and "sm_80" not in label:
+            assert kernel["hgmma"] >= 2 and kernel["hmma"] == 0 and kernel["tma"] > 0, (label, kernel)
+            assert kernel["arrive"] <= kernel["products"], (label, kernel)
+
+
+def test_info_nce_uses_tensor_cores_on_ampere(kernels):
+    for (op, label), kernel in kernels.items():
+        if op == "info_nce" and "sm_80" in label:
+            assert kernel["hmma"] > 0 and kernel["hgmma"] == 0, (label, kernel)
+
+
+def test_shared_memory_allows_the_programs_the_tables_ask_for(kernels):
+    from moco_fast.kernels.info_nce import TILES
+
+    for (rows, features), (*_, per_sm) in TILES.items():
+        assert kernels["info_nce", f"{rows} {features}"]["shared"] * per_sm <= HOPPER_SHARED
+        registers, warps = kernels["info_nce", f"{rows} {features}"]["registers"], TILES[rows, features][2]
+        assert registers * warps * 32 * per_sm <= 65536, (rows, features)
+    for (op, label), kernel in kernels.items():
+        assert kernel["shared"] <= (AMPERE_SHARED if "sm_80" in label else HOPPER_SHARED), (op, label)
+
+
+def test_ema_update_moves_16_bytes_at_a_time(kernels):
+    for label in ("2 bytes", "4 bytes"):
+        kernel = kernels["ema_update", label]
+        assert kernel["wide_loads"] >= 2 * kernel["wide_stores"] >= 2, (label, kernel)
