@@ -374,7 +374,8 @@ def info_nce(
             n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
             OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
             EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
-            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
         _finish[(n,)](
             q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,

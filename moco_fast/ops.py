@@ -208,7 +208,7 @@ _ema_update_ = torch.ops.moco_fast.ema_update_.default
 
 
 @torch.library.custom_op("moco_fast::enqueue_", mutates_args=("queue", "ptr", "mirror"))
-def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None) -> None:
+def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None) -> None:
     if ptr.device.type == "cpu" and not 0 <= ptr.item() < queue.shape[0]:
         raise ValueError(f"ptr must be in [0, {queue.shape[0]}), got {ptr.item()}")
     if keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():

@@ -38,9 +38,7 @@ def compiled(kernel, types, constants, warps, stages, capability):
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={name: constants[name] for name in names if name in constants},
-        attrs={
-            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types.get(n, "").startswith("*")
-        },
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,20 +23,50 @@ if triton.interpreted():
     PLACES.append(("triton", "cpu"))
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(place, id="-".join(place), marks=[pytest.mark.gpu] if place[1] == "cuda" else [])
-        for place in PLACES
-    ]
-)
+def pytest_generate_tests(metafunc):
+    """Run a test that uses ``place`` wherever a backend has the op that its file names in ``OP``."""
+    if "place" in metafunc.fixturenames:
+        op = metafunc.module.OP
+        params = [
+            pytest.param(place, id="-".join(place), marks=[pytest.mark.gpu] if place[1] == "cuda" else [])
+            for place in PLACES
+            if has_op(*place, op)
+        ]
+        metafunc.parametrize("place", params, indirect=True)
+
+
+def has_op(name, device, op):
+    """Whether a backend has a kernel of the op for the device, built and installed here or not."""
+    if name == "triton":
+        return op in triton.OPS
+    return name == "reference" or device == "cpu" or op in native.MULTI_TENSOR
+
+
+@pytest.fixture
 def place(request):
-    """A backend and the device it runs on; skips, by name, where the file's ``OP`` has none."""
+    """A backend and the device it runs on; skips, by name, what is not built or installed."""
     name, device = request.param
     module = backends.BACKENDS[name]
     probe = torch.empty((1, 1), device=device)
     if module is not backends.reference and (reason := module.cannot_serve(request.module.OP, (probe,))):
         pytest.skip(f"{name} backend on {device}: {reason}")
+    if request.param == ("triton", "cpu") and (reason := interpreter_fault()):
+        pytest.skip(reason)
     return request.param
+
+
+@cache
+def interpreter_fault():
+    """Why Triton's interpreter does not work here, or None."""
+    import numpy
+    import triton as compiler
+
+    try:
+        int(numpy.ones(1))
+    except TypeError:  # from NumPy 2.5 on; the interpreter then fails in `range` of values it computed
+        if tuple(map(int, compiler.__version__.split(".")[:2])) < (3, 7):
+            return f"the interpreter of Triton {compiler.__version__} needs NumPy below {numpy.__version__}"
+    return None
 
 
 @pytest.fixture
@@ -89,6 +120,8 @@ def pytest_terminal_summary(terminalreporter):
             missing.append("bf16 matrix units (this CPU has none; the bf16 path ran in fp32)")
     if reason := triton.cannot_serve("info_nce", ()):
         missing.append(f"Triton kernels ({reason})")
+    elif triton.interpreted() and (reason := interpreter_fault()):
+        missing.append(f"the results of Triton kernels ({reason})")
     if not torch.cuda.is_available():
         skipped = [r for r in terminalreporter.getreports("skipped") if "gpu" in r.keywords]
         missing.append(

@@ -117,7 +117,7 @@ def test_key_queue_keeps_its_mirror_in_step(backend):
 
 def test_opcheck_and_compile(backend):
     queue, ptr, keys = torch.zeros(10, 4), torch.tensor([8]), torch.randn(5, 4)
-    torch.library.opcheck(ops._enqueue_, (queue, ptr, keys))
+    torch.library.opcheck(ops._enqueue_, (queue, ptr, keys, None))
     torch.library.opcheck(ops._enqueue_, (queue, ptr, keys, queue.half()))
     want, want_ptr = queue.clone(), ptr.clone()
     moco_fast.enqueue_(want, want_ptr, keys)
