@@ -35,6 +35,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Whether blocks are loaded through descriptors: by Hopper's copy engine, or the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit
 def row_norms(
     x,  # (R, C) fp32, zero where masked

@@ -38,6 +38,7 @@ from moco_fast.kernels.common import (
     EPS,
     LN2,
     LOG2E,
+    has_tma,
     multiprocessors,
     on_device_of,
     row_norms,
@@ -58,8 +59,8 @@ TILES = {
     ("many", 256): (64, 64, 8, 2, 1),
     ("many", 512): (64, 32, 8, 2, 1),
 }
-# Before sm_90 every product goes through registers, which hold less.
-OLDER_TILES = {512: (32, 32, 8, 2, 1)}
+# Before sm_90 the operands of every product pass through registers.
+OLDER_TILES = {128: (64, 64, 8, 3, 1), 256: (64, 32, 8, 2, 1), 512: (32, 32, 8, 2, 1)}
 
 # Smallest temperature at which exp fits between -1/T and 1/T: fp16 spans 2^-24 to 2^16, bf16 fp32's range.
 FIXED_SHIFT_FROM = {torch.float16: 0.05, torch.bfloat16: 0.025}
@@ -115,13 +116,31 @@ def _product(
 
 
 @triton.jit
+def _rows(
+    source,  # (ROWS, WIDTH): a descriptor of blocks (BLOCK_R, BLOCK_C) if TMA, else a pointer
+    first, ROWS,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first`` to ``first + BLOCK_R``, zero beyond the last row and the last column."""
+    if TMA:
+        rows = source.load([first, 0])
+    else:
+        row = tl.arange(0, BLOCK_R)[:, None]
+        col = tl.arange(0, BLOCK_C)[None, :]
+        start = source + first * tl.full([], WIDTH, tl.int64)
+        rows = tl.load(start + (row * WIDTH + col), mask=(row < ROWS - first) & (col < WIDTH), other=0)
+    return rows
+
+
+@triton.jit
 def _walk(
     q, q_low,  # (BLOCK_M, BLOCK_C) operands
-    queue,  # descriptor of (K, WIDTH), blocks (BLOCK_N, BLOCK_C)
+    queue,  # (K, WIDTH), see _rows
     positive,  # (BLOCK_M,) fp32
     first, last, K, scale, fixed_shift,
-    OFFSET: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, ONLINE: tl.constexpr,
-    SPLIT: tl.constexpr, SPLIT_QUEUE: tl.constexpr, DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
+    WIDTH: tl.constexpr, TMA: tl.constexpr, OFFSET: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
+    ONLINE: tl.constexpr, SPLIT: tl.constexpr, SPLIT_QUEUE: tl.constexpr,
+    DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Over a share of tiles: sum_j p_j n_j, sum_j p_j, shift, sum of cosines, cosines above the positive."""
     M: tl.constexpr = q.shape[0]
@@ -131,7 +150,7 @@ def _walk(
     cosines = tl.zeros((M,), tl.float32)
     above = tl.zeros((M,), tl.int32)
     for tile in range(first, last):
-        rows = queue.load([tile * BLOCK_N, 0])
+        rows = _rows(queue, tile * BLOCK_N, K, WIDTH, BLOCK_N, q.shape[1], TMA)
         n = rows.to(q.dtype)
         n_low = (rows.to(tl.float32) - n.to(tl.float32)).to(q.dtype) if SPLIT_QUEUE else n
         s = tl.zeros((M, BLOCK_N), tl.float32)
@@ -164,13 +183,14 @@ def _walk(
 
 @triton.jit
 def _sweep(
-    q_desc, q_low_desc,  # (N, WIDTH) operands
-    queue_desc,  # (K, WIDTH)
+    q_high, q_low,  # (N, WIDTH) operands, see _rows
+    queue,  # (K, WIDTH), see _rows
     pos,  # (N,) fp32
     sums,  # (SHARES, N, C) fp32, if DQ
     totals, shifts, cosines,  # (SHARES, N) fp32; cosines if SUMS
     ranks,  # (SHARES, N) int32, if RANKS
     N, K, C, steps_per_share, scale, fixed_shift,
+    WIDTH: tl.constexpr, TMA: tl.constexpr,
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr, ONLINE: tl.constexpr, SPLIT: tl.constexpr, SPLIT_QUEUE: tl.constexpr,
     DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
@@ -178,13 +198,13 @@ def _sweep(
     block, share = tl.program_id(0), tl.program_id(1)
     first = share * steps_per_share
     last = tl.minimum(first + steps_per_share, tl.cdiv(K, BLOCK_N))
-    q = q_desc.load([block * BLOCK_M, 0])
-    q_low = q_low_desc.load([block * BLOCK_M, 0]) if SPLIT else q
+    q = _rows(q_high, block * BLOCK_M, N, WIDTH, BLOCK_M, BLOCK_C, TMA)
+    q_rest = _rows(q_low, block * BLOCK_M, N, WIDTH, BLOCK_M, BLOCK_C, TMA) if SPLIT else q
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     positive = tl.load(pos + row, mask=row < N, other=0)
     acc, total, shift, cosine, above = _walk(
-        q, q_low, queue_desc, positive, first, last, K, scale, fixed_shift,
-        OFFSET, BLOCK_N, EVEN, ONLINE, SPLIT, SPLIT_QUEUE, DQ, SUMS, RANKS,
+        q, q_rest, queue, positive, first, last, K, scale, fixed_shift,
+        WIDTH, TMA, OFFSET, BLOCK_N, EVEN, ONLINE, SPLIT, SPLIT_QUEUE, DQ, SUMS, RANKS,
     )  # fmt: skip
     if not ONLINE:
         # Infinite exponentials: rows of the queue longer than 1. Where the input is NaN it stays NaN.
@@ -193,8 +213,8 @@ def _sweep(
             finite &= tl.sum(tl.abs(acc), axis=1) < float("inf")
         if tl.min((finite | (row >= N)).to(tl.int32), axis=0) == 0:
             acc, total, shift, cosine, above = _walk(
-                q, q_low, queue_desc, positive, first, last, K, scale, fixed_shift,
-                OFFSET, BLOCK_N, EVEN, True, SPLIT, SPLIT_QUEUE, DQ, SUMS, RANKS,
+                q, q_rest, queue, positive, first, last, K, scale, fixed_shift,
+                WIDTH, TMA, OFFSET, BLOCK_N, EVEN, True, SPLIT, SPLIT_QUEUE, DQ, SUMS, RANKS,
             )  # fmt: skip
 
     at = share.to(tl.int64) * N + row
@@ -205,8 +225,11 @@ def _sweep(
     if RANKS:
         tl.store(ranks + at, above, mask=row < N)
     if DQ:
+        # 32-bit offsets from one 64-bit address: as many addresses as sums would not fit in registers.
+        first_row = sums + (share.to(tl.int64) * N + block * BLOCK_M) * C
+        here = tl.arange(0, BLOCK_M)[:, None]
         col = tl.arange(0, BLOCK_C)[None, :]
-        tl.store(sums + at[:, None] * C + col, acc, mask=(row[:, None] < N) & (col < C))
+        tl.store(first_row + (here * C + col), acc, mask=(here < N - block * BLOCK_M) & (col < C))
 
 
 @triton.jit
@@ -275,7 +298,7 @@ def _finish(
 
 def tiles_for(n: int, block_c: int, device: torch.device) -> tuple[int, int, int, int, int]:
     """The entry of the tables for a batch of n rows padded to block_c features."""
-    if block_c in OLDER_TILES and device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+    if block_c in OLDER_TILES and not has_tma(device):
         return OLDER_TILES[block_c]
     return TILES["few" if n <= 64 else "many", block_c]
 
@@ -361,18 +384,23 @@ def info_nce(
     rank, neg = scratch(stats, dtype=torch.int64), scratch(n if sums_wanted else 0)
 
     rows = max(1, 4096 // block_c)
-    block = [block_m, block_c]
+    operands: list = [q_high, q_low, queue]
+    tma = has_tma(q.device)
+    if tma:
+        heights = block_m, block_m, block_n
+        operands = [
+            TensorDescriptor.from_tensor(x, [h, block_c]) for x, h in zip(operands, heights, strict=True)
+        ]
     with on_device_of(q):
         _prepare[(triton.cdiv(n, rows),)](
             q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
             WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
         )  # fmt: skip
         _sweep[(blocks, shares)](
-            TensorDescriptor.from_tensor(q_high, block), TensorDescriptor.from_tensor(q_low, block),
-            TensorDescriptor.from_tensor(queue, [block_n, block_c]),
+            *operands,
             pos, sums, totals, shifts, cosines, ranks,
             n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
-            OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+            WIDTH=width, TMA=tma, OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
             EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
             DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,

@@ -66,10 +66,11 @@ def sweep(
 ):  # fmt: skip
     """``info_nce._sweep`` in one of its forms; products per pass over a tile, for what to expect of it."""
     block_m, block_n, warps, stages, _ = tiles
+    tma = capability >= HOPPER
     types = {
-        "q_desc": f"tensordesc<{operand}[{block_m},{features}]>",
-        "q_low_desc": f"tensordesc<{operand}[{block_m},{features}]>",
-        "queue_desc": f"tensordesc<{queue}[{block_n},{features}]>",
+        "q_high": f"tensordesc<{operand}[{block_m},{features}]>" if tma else f"*{operand}",
+        "q_low": f"tensordesc<{operand}[{block_m},{features}]>" if tma else f"*{operand}",
+        "queue": f"tensordesc<{queue}[{block_n},{features}]>" if tma else f"*{queue}",
         **dict.fromkeys(("pos", "sums", "totals", "shifts", "cosines"), "*fp32"),
         "ranks": "*i32",
         **dict.fromkeys(("N", "K", "C", "steps_per_share"), "i32"),
@@ -77,7 +78,8 @@ def sweep(
         "fixed_shift": "fp32",
     }
     constants = {
-        "OFFSET": 15.0, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": features, "EVEN": even,
+        "WIDTH": features, "TMA": tma, "OFFSET": 15.0,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": features, "EVEN": even,
         "ONLINE": online, "SPLIT": split, "SPLIT_QUEUE": split and queue != "fp16",
         "DQ": dq, "SUMS": stats or not dq, "RANKS": stats,
     }  # fmt: skip
@@ -90,7 +92,7 @@ def info_nce_cases():
     """Every entry of the tables, every form at the headline width, and the extremes on Ampere."""
     for (rows, features), tiles in info_nce.TILES.items():
         yield f"{rows} {features}", lambda t=tiles, f=features: sweep(t, f, HOPPER)
-        if features in (128, 512):
+        if rows == "many" and features >= 64:
             older = info_nce.OLDER_TILES.get(features, tiles)
             yield f"{rows} {features} sm_80", lambda t=older, f=features: sweep(t, f, AMPERE)
     forms = {
