@@ -10,6 +10,7 @@ Exits with 0 if all went well, 1 if a stage failed, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -67,9 +68,11 @@ def stages(out: Path) -> list[Stage]:
     python = sys.executable
     offline = ("--no-index", "--no-deps", "--no-build-isolation")
     sanitizer = "compute-sanitizer"
+    # Most of the tests' time goes into compiling kernels, which several processes do at once.
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     return [
         Stage("build", [python, "-m", "pip", "install", "--quiet", *offline, "--editable", "."], 170),
-        Stage("tests", [python, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 150),
+        Stage("tests", [python, "-m", "pytest", "tests", "-m", "gpu", "-q", *parallel], 200),
         *(
             Stage(
                 tool,

@@ -12,6 +12,7 @@ import torch
 from moco_fast import backends, native
 from moco_fast._version import __version__
 
+OPS = ("info_nce", "ema_update_", "enqueue_", "sgd_", "adamw_")
 OPTIONAL = ("torchvision", "triton", "rich", "tyro", "tensorboard", "matplotlib", "scikit-learn")
 
 
@@ -31,10 +32,20 @@ def report() -> Iterator[tuple[str, str]]:
         yield "GPU", "none that torch can use"
     forced = backends.forced()
     yield "backend", f"forced: {forced}" if forced else "chosen per op"
-    for op in ("info_nce", "ema_update_", "enqueue_"):
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            reason = native.cannot_serve(op, (torch.empty(0, device=device),))
-            yield f"{op} on {device}", "native" if reason is None else f"reference, because native: {reason}"
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for op in OPS:
+        for device in devices:
+            yield f"{op} on {device}", _served_by(op, torch.empty((1, 1), device=device))
+
+
+def _served_by(op: str, probe: torch.Tensor) -> str:
+    """The backend that an op takes, and why not one preferred to it."""
+    passed_over: list[str] = []
+    for name, backend in backends.BACKENDS.items():
+        if backend is backends.choose(op, (probe,)):
+            return "; ".join([name, *passed_over])
+        passed_over.append(f"not {name}: {backend.cannot_serve(op, (probe,)) or 'only when asked for'}")
+    raise AssertionError("choose() returns one of BACKENDS")
 
 
 def _native() -> Iterator[tuple[str, str]]:
