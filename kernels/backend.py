@@ -15,6 +15,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
+HOLDS_ROWS = ("info_nce", "nt_xent", "contrast")  # ops whose kernels hold whole rows in registers
 OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
 
 
@@ -36,7 +37,7 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
             return "it needs a GPU of compute capability 8.0 or newer"
         if tensor.dtype not in DTYPES:
             return f"it has no {tensor.dtype} kernel"
-        if op == "info_nce" and tensor.shape[-1] > MAX_FEATURES:
+        if op in HOLDS_ROWS and tensor.shape[-1] > MAX_FEATURES:
             return f"it holds rows of up to {MAX_FEATURES} features in registers, got {tensor.shape[-1]}"
     return None
 
@@ -50,3 +51,12 @@ def info_nce(
 
     with on_device_of(q):
         return kernel.info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
+
+
+def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`moco_fast.reference.nt_xent`."""
+    from moco_fast.kernels import nt_xent as kernel
+    from moco_fast.kernels.common import on_device_of
+
+    with on_device_of(z):
+        return kernel.nt_xent(z, temperature, precision, need_dz)

@@ -36,6 +36,8 @@ EMA_DTYPES = {
     (target, source) for target in range(4) for source in range(4) if (target == 3) == (source == 3)
 }
 
+OPS = ("info_nce", "ema_update_", "enqueue_")  # that have a kernel here
+
 FP32: Any = {"dtype": torch.float32, "device": "cpu"}
 
 # Queue rows per tile of the bf16 path: 2 MB of similarities at N = 256, and products large enough for oneDNN.
@@ -65,6 +67,8 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot run ``op`` on the tensors, or None if it can."""
     if _C is None:
         return unavailable()
+    if op not in OPS:
+        return f"it has no {op} kernel"
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"it runs on the CPU, the tensors are on {tensor.device}"
