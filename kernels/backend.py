@@ -15,9 +15,10 @@ from torch import Tensor
 
 from moco_fast import reference
 
-OPS = ("info_nce", "ema_update_", "enqueue_")
+OPS = ("info_nce", "nt_xent", "ema_update_", "enqueue_")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
+HOLDS_ROWS = ("info_nce", "nt_xent", "contrast")  # ops whose kernels hold whole rows in registers
 OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
 
 
@@ -41,7 +42,7 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
             return "it needs a GPU of compute capability 8.0 or newer"
         if tensor.dtype not in DTYPES and not (op == "ema_update_" and tensor.dtype == torch.float64):
             return f"it has no {tensor.dtype} kernel"
-        if op == "info_nce" and tensor.shape[-1] > MAX_FEATURES:
+        if op in HOLDS_ROWS and tensor.shape[-1] > MAX_FEATURES:
             return f"it holds rows of up to {MAX_FEATURES} features in registers, got {tensor.shape[-1]}"
     return None
 
@@ -71,3 +72,12 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = N
     if not queue.is_contiguous() or not (mirror is None or mirror.is_contiguous()):
         return reference.enqueue_(queue, ptr, keys, mirror)
     enqueue_(queue, ptr, keys, mirror)
+
+
+def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`moco_fast.reference.nt_xent`."""
+    from moco_fast.kernels.common import on_device_of
+    from moco_fast.kernels.nt_xent import nt_xent
+
+    with on_device_of(z):
+        return nt_xent(z, temperature, precision, need_dz)

@@ -21,6 +21,8 @@ EPS = tl.constexpr(1e-12)  # smallest norm a row is divided by, as in torch.nn.f
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
+SCRATCH_BYTES = 8_000_000  # of partial sums, if one share of them takes less
+
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Launch on the tensor's device, whatever the current one is."""
@@ -58,3 +60,109 @@ def widened(x):
     if WIDEN:
         x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def unit_rows(
+    x,  # (R, C) fp32
+    norm,  # (R, 1)
+):
+    """``x / max(norm, EPS)``."""
+    return x / tl.where(norm < EPS, EPS, norm)  # not maximum(): a NaN must stay
+
+
+@triton.jit
+def through_norm(
+    d_hat, x_hat,  # (R, C) fp32
+    norm,  # (R, 1)
+):  # fmt: skip
+    """The gradient to rows, from the one to their normalised selves."""
+    # A norm below EPS was clamped to a constant, through which no gradient flows.
+    radial = tl.where(norm < EPS, 0.0, tl.sum(x_hat * d_hat, axis=1, keep_dims=True))
+    return unit_rows(d_hat - radial * x_hat, norm)
+
+
+@triton.jit
+def store_operand(high, low, at, x, mask, SPLIT: tl.constexpr):
+    """Write fp32 values in the operand type and, if SPLIT, what the rounding left of them."""
+    rounded = x.to(high.dtype.element_ty)
+    tl.store(high + at, rounded, mask=mask)
+    if SPLIT:
+        tl.store(low + at, (x - rounded.to(tl.float32)).to(high.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(
+    a, a_low,  # (M, X)
+    b, b_low,  # (X, Y)
+    acc,  # (M, Y) fp32
+    A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """``acc + (a + a_low) @ (b + b_low)`` without the product of the two low parts."""
+    acc = tl.dot(widened(a), widened(b), acc, input_precision="ieee")
+    if A_SPLIT:
+        acc = tl.dot(widened(a_low), widened(b), acc, input_precision="ieee")
+    if B_SPLIT:
+        acc = tl.dot(widened(a), widened(b_low), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def cross_entropy(
+    negatives,  # sum of their exponentials, less ``top``
+    s0,  # logit of the positive, in base 2
+    top,  # the shift
+):
+    """``-log(e / (negatives + e))`` with ``e = exp2(s0 - top)``, and ``negatives + e``."""
+    e = tl.exp2(s0 - top)
+    both = negatives + e
+    # Where the positive dominates the loss is log(1 + ratio), with the digits that 1 + ratio would lose.
+    ratio = negatives / e
+    one = 1 + ratio
+    log1p = tl.where(one == 1, ratio, tl.log2(one) * LN2 * (ratio / tl.where(one == 1, 1.0, one - 1)))
+    loss = tl.where(ratio <= 1, log1p, (tl.log2(both) + (top - s0)) * LN2)
+    return loss + 0 * (negatives + s0), both
+
+
+@triton.jit
+def add_shares(
+    sums,  # (SHARES, N, C) fp32
+    shifts, top,  # (SHARES, N), (R,) fp32: the shifts of the shares and of the result, if SHIFTED
+    row,  # (R,) int64
+    inside,  # (R, BLOCK_C)
+    N, C,
+    SHARES: tl.constexpr, CHUNK: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """Rows of the sum over the shares, CHUNK at a time, in a fixed order."""
+    col = tl.arange(0, inside.shape[1])[None, None, :]
+    result = tl.zeros(inside.shape, tl.float32)
+    for start in range(0, SHARES, CHUNK):
+        share = start + tl.arange(0, CHUNK)[None, :]
+        at = share.to(tl.int64) * N + row[:, None]
+        mask = (share < SHARES)[:, :, None] & inside[:, None, :]
+        tile = tl.load(sums + at[:, :, None] * C + col, mask=mask, other=0)
+        if SHIFTED:
+            valid = (share < SHARES) & (row < N)[:, None]
+            shift = tl.load(shifts + at, mask=valid, other=float("-inf"))
+            tile *= tl.exp2(shift - top[:, None])[:, :, None]
+        result += tl.sum(tile, axis=1)
+    return result
+
+
+def finishing_blocks(rows: int, block_c: int, device: torch.device) -> tuple[int, int]:
+    """Rows, and shares of them at a time, of a program that adds shares.
+
+    Few enough rows to fill the GPU and, at most 1024 values, not to spill.
+    """
+    enough = max(1, rows // (4 * multiprocessors(device)))
+    block_r = min(1 << (enough.bit_length() - 1), max(1, 1024 // block_c))
+    return block_r, max(1, 4096 // (block_c * block_r))
+
+
+def shares_of(rows: int, features: int, blocks: int, tiles: int, programs: int) -> int:
+    """How many programs divide the columns of a block of rows among them.
+
+    Enough to fill the GPU, within SCRATCH_BYTES of partial sums.
+    """
+    affordable = SCRATCH_BYTES // (4 * rows * features)
+    return max(1, min(triton.cdiv(programs, blocks), affordable, tiles))

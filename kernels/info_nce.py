@@ -35,14 +35,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moco_fast.kernels.common import (
-    EPS,
-    LN2,
     LOG2E,
+    add_shares,
+    cross_entropy,
+    finishing_blocks,
     has_tma,
     multiprocessors,
     on_device_of,
+    product,
     row_norms,
-    widened,
+    shares_of,
+    store_operand,
+    through_norm,
+    unit_rows,
 )
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (rows class, padded C).
@@ -67,8 +72,6 @@ FIXED_SHIFT_FROM = {torch.float16: 0.05, torch.bfloat16: 0.025}
 # Exponentials are scaled by 2^15, the largest power of two in fp16, so that the small ones do not vanish.
 OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
 
-SCRATCH_BYTES = 8_000_000
-
 
 @triton.jit
 def _prepare(
@@ -85,34 +88,13 @@ def _prepare(
     q_row = tl.load(q + at, mask=inside, other=0).to(tl.float32)
     k_row = tl.load(k + at, mask=inside, other=0).to(tl.float32)
     q_size, k_size = row_norms(q_row), row_norms(k_row)
-    q_hat = q_row / tl.where(q_size < EPS, EPS, q_size)  # not maximum(): a NaN must stay
-    k_hat = k_row / tl.where(k_size < EPS, EPS, k_size)
+    q_hat, k_hat = unit_rows(q_row, q_size), unit_rows(k_row, k_size)
     tl.store(q_norm + row, q_size, mask=row < N)
     tl.store(k_norm + row, k_size, mask=row < N)
     tl.store(pos + row, tl.sum(q_hat * k_hat, axis=1, keep_dims=True), mask=row < N)
 
-    high = q_hat.to(q_high.dtype.element_ty)
     to = row.to(tl.int64) * WIDTH + col
-    tl.store(q_high + to, high, mask=(row < N) & (col < WIDTH))
-    if SPLIT:
-        low = (q_hat - high.to(tl.float32)).to(q_high.dtype.element_ty)
-        tl.store(q_low + to, low, mask=(row < N) & (col < WIDTH))
-
-
-@triton.jit
-def _product(
-    a, a_low,  # (M, X)
-    b, b_low,  # (X, Y)
-    acc,  # (M, Y) fp32
-    A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr,
-):  # fmt: skip
-    """``acc + (a + a_low) @ (b + b_low)`` without the product of the two low parts."""
-    acc = tl.dot(widened(a), widened(b), acc, input_precision="ieee")
-    if A_SPLIT:
-        acc = tl.dot(widened(a_low), widened(b), acc, input_precision="ieee")
-    if B_SPLIT:
-        acc = tl.dot(widened(a), widened(b_low), acc, input_precision="ieee")
-    return acc
+    store_operand(q_high, q_low, to, q_hat, (row < N) & (col < WIDTH), SPLIT)
 
 
 @triton.jit
@@ -154,7 +136,7 @@ def _walk(
         n = rows.to(q.dtype)
         n_low = (rows.to(tl.float32) - n.to(tl.float32)).to(q.dtype) if SPLIT_QUEUE else n
         s = tl.zeros((M, BLOCK_N), tl.float32)
-        s = _product(q, q_low, tl.trans(n), tl.trans(n_low), s, SPLIT, SPLIT_QUEUE)
+        s = product(q, q_low, tl.trans(n), tl.trans(n_low), s, SPLIT, SPLIT_QUEUE)
         if not EVEN:
             valid = (tile * BLOCK_N + tl.arange(0, BLOCK_N) < K)[None, :]
             if SUMS:
@@ -177,7 +159,7 @@ def _walk(
         if DQ:
             p_high = p.to(q.dtype)
             p_low = (p - p_high.to(tl.float32)).to(q.dtype) if SPLIT else p_high
-            acc = _product(p_high, p_low, n, n_low, acc, SPLIT, SPLIT_QUEUE)
+            acc = product(p_high, p_low, n, n_low, acc, SPLIT, SPLIT_QUEUE)
     return acc, total, shift, cosines, above
 
 
@@ -239,61 +221,43 @@ def _finish(
     sums, totals, shifts, cosines, ranks,  # see _sweep
     loss, dq, rank, neg,  # (N,) fp32, (N, C) fp32, (N,) int64, (N,) fp32
     N, K, C, scale, inverse_t,
-    SHARES: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
-    DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr, DQ: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    share = tl.arange(0, BLOCK_S)
-    at = share.to(tl.int64) * N + row
-    own = share < SHARES
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    valid = row < N
+    share = tl.arange(0, BLOCK_S)[None, :]
+    at = share.to(tl.int64) * N + row[:, None]
+    own = (share < SHARES) & valid[:, None]
     total = tl.load(totals + at, mask=own, other=0)
     shift = tl.load(shifts + at, mask=own, other=float("-inf"))
-    positive = tl.load(pos + row)
+    positive = tl.load(pos + row, mask=valid, other=0)
     s0 = positive * scale
-    top = tl.maximum(tl.max(shift, axis=0), s0)
-    weight = tl.where(own, tl.exp2(shift - top), 0.0)
-    negatives = tl.sum(total * weight, axis=0)
-    e = tl.exp2(s0 - top)
-    sum_all = negatives + e
-    # Where the positive dominates the loss is log(1 + ratio), with the digits that 1 + ratio would lose.
-    ratio = negatives / e
-    one = 1 + ratio
-    log1p = tl.where(one == 1, ratio, tl.log2(one) * LN2 * (ratio / tl.where(one == 1, 1.0, one - 1)))
-    value = tl.where(ratio <= 1, log1p, (tl.log2(sum_all) + (top - s0)) * LN2)
-    value += 0 * (negatives + positive)
+    top = tl.maximum(tl.max(shift, axis=1), s0)
+    negatives = tl.sum(total * tl.exp2(shift - top[:, None]), axis=1)
+    value, sum_all = cross_entropy(negatives, s0, top)
     if SUMS:
-        cosine = tl.sum(tl.load(cosines + at, mask=own, other=0), axis=0)
-        tl.store(neg + row, cosine / K)
+        cosine = tl.sum(tl.load(cosines + at, mask=own, other=0), axis=1)
+        tl.store(neg + row, cosine / K, mask=valid)
         value += 0 * cosine  # an infinite feature may have met exp(-inf) = 0
     if RANKS:
-        tl.store(rank + row, tl.sum(tl.load(ranks + at, mask=own, other=0).to(tl.int64), axis=0))
+        above = tl.sum(tl.load(ranks + at, mask=own, other=0).to(tl.int64), axis=1)
+        tl.store(rank + row, above, mask=valid)
     if DQ:
-        col = tl.arange(0, BLOCK_C)
-        inside = col < C
-        mean = tl.zeros((BLOCK_C,), tl.float32)
-        for start in range(0, SHARES, CHUNK):
-            part = start + tl.arange(0, CHUNK)
-            from_ = part.to(tl.int64) * N + row
-            part_weight = tl.exp2(tl.load(shifts + from_, mask=part < SHARES, other=float("-inf")) - top)
-            tile = tl.load(
-                sums + from_[:, None] * C + col[None, :],
-                mask=(part < SHARES)[:, None] & inside[None, :],
-                other=0,
-            )
-            mean += tl.sum(tile * part_weight[:, None], axis=0)
-        mean /= sum_all
-        q_row = tl.load(q + row * C + col, mask=inside, other=0).to(tl.float32)
-        k_row = tl.load(k + row * C + col, mask=inside, other=0).to(tl.float32)
-        size, k_size = tl.load(q_norm + row), tl.load(k_norm + row)
-        length = tl.where(size < EPS, EPS, size)
-        q_hat, k_hat = q_row / length, k_row / tl.where(k_size < EPS, EPS, k_size)
-        dq_hat = (mean - (negatives / sum_all) * k_hat) * inverse_t
-        radial = tl.sum(q_hat * dq_hat, axis=0)
-        # A norm below EPS was clamped to a constant, through which no gradient flows.
-        dq_row = (dq_hat - tl.where(size < EPS, 0.0, radial) * q_hat) / length
-        tl.store(dq + row * C + col, dq_row, mask=inside)
-        value += 0 * tl.sum(tl.where(inside, mean, 0.0), axis=0)
-    tl.store(loss + row, value)
+        col = tl.arange(0, BLOCK_C)[None, :]
+        inside = valid[:, None] & (col < C)
+        mean = add_shares(sums, shifts, top, row, inside, N, C, SHARES, CHUNK, SHIFTED=True)
+        mean /= sum_all[:, None]
+        to = row[:, None] * C + col
+        q_row = tl.load(q + to, mask=inside, other=0).to(tl.float32)
+        k_row = tl.load(k + to, mask=inside, other=0).to(tl.float32)
+        size = tl.load(q_norm + row, mask=valid, other=1)[:, None]
+        k_size = tl.load(k_norm + row, mask=valid, other=1)[:, None]
+        q_hat, k_hat = unit_rows(q_row, size), unit_rows(k_row, k_size)
+        dq_hat = (mean - (negatives / sum_all)[:, None] * k_hat) * inverse_t
+        tl.store(dq + to, through_norm(dq_hat, q_hat, size), mask=inside)
+        value += 0 * tl.sum(mean, axis=1)
+    tl.store(loss + row, value, mask=valid)
 
 
 def tiles_for(n: int, block_c: int, device: torch.device) -> tuple[int, int, int, int, int]:
@@ -325,12 +289,6 @@ def tune_case(key: tuple[str, int]) -> Callable[[tuple], Callable[[], object]]:
     q, k = torch.randn(2, n, features, device="cuda").unbind()
     queue = torch.nn.functional.normalize(torch.randn(65536, features, device="cuda"), dim=1).half()
     return lambda tiles: lambda: info_nce(q, k, queue, 0.07, "high", True, False, tiles)
-
-
-def _shares(n: int, features: int, blocks: int, steps: int, programs: int) -> int:
-    """How many programs divide the queue among them: enough to fill the GPU, within the scratch memory."""
-    affordable = SCRATCH_BYTES // (4 * n * features)
-    return max(1, min(triton.cdiv(programs, blocks), affordable, steps))
 
 
 def _aligned(queue: Tensor) -> Tensor:
@@ -365,7 +323,7 @@ def info_nce(
     block_c = max(32, triton.next_power_of_2(features))
     block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, q.device)
     blocks, steps = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
-    shares = _shares(n, features, blocks, steps, per_sm * multiprocessors(q.device))
+    shares = shares_of(n, features, blocks, steps, per_sm * multiprocessors(q.device))
     steps_per_share = triton.cdiv(steps, shares)
     shares = triton.cdiv(steps, steps_per_share)
 
@@ -391,6 +349,7 @@ def info_nce(
         operands = [
             TensorDescriptor.from_tensor(x, [h, block_c]) for x, h in zip(operands, heights, strict=True)
         ]
+    block_r, chunk = finishing_blocks(n, block_c, q.device)
     with on_device_of(q):
         _prepare[(triton.cdiv(n, rows),)](
             q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
@@ -405,10 +364,10 @@ def info_nce(
             DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
-        _finish[(n,)](
+        _finish[(triton.cdiv(n, block_r),)](
             q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
             n, slots, features, scale, 1 / temperature,
-            SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), CHUNK=rows, BLOCK_C=block_c,
-            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, enable_fp_fusion=True,
+            SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), BLOCK_R=block_r, CHUNK=chunk,
+            BLOCK_C=block_c, DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, enable_fp_fusion=True,
         )  # fmt: skip
     return loss, dq, rank, pos[:stats], neg[:stats]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moco_fast.backends import use_backend
     from moco_fast.models.moco import MoCo
     from moco_fast.norm import SplitBatchNorm
-    from moco_fast.ops import InfoNCEStats, ema_update_, enqueue_, info_nce
+    from moco_fast.ops import InfoNCEStats, ema_update_, enqueue_, info_nce, nt_xent
     from moco_fast.optim import LARS, SGD, AdamW
     from moco_fast.queue import KeyQueue
 
@@ -29,6 +29,7 @@ __all__ = [
     "ema_update_",
     "enqueue_",
     "info_nce",
+    "nt_xent",
     "use_backend",
 ]
 
@@ -44,6 +45,7 @@ _HOME = {
     "ema_update_": "ops",
     "enqueue_": "ops",
     "info_nce": "ops",
+    "nt_xent": "ops",
     "use_backend": "backends",
 }
 

@@ -37,6 +37,15 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def one_gradient(reduction: str, wanted: bool) -> None:
+    """Raise for losses one by one where a gradient is wanted that was summed over all of them."""
+    if wanted and reduction == "none":
+        raise ValueError(
+            "reduction must be 'mean' or 'sum' where a gradient is wanted, got 'none': every row's gradient "
+            "mixes all losses; for the losses alone call it under torch.no_grad()"
+        )
+
+
 def number(name: str, value: object) -> float:
     """Return ``value`` as a float, or raise TypeError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -101,12 +110,10 @@ def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tenso
     q = tensor("q", q, ndim=2)
     k = tensor("k", k, ndim=2)
     queue = tensor("queue", queue, ndim=2)
-    if q.shape[0] == 0 or q.shape[1] == 0:
-        raise ValueError(f"q must hold at least one row and one feature, got shape {tuple(q.shape)}")
+    _not_empty("q", q)
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
-    if k.dtype != q.dtype:
-        raise TypeError(f"k must have the dtype of q, {q.dtype}, got {k.dtype}")
+    _same_dtype("q", q, "k", k)
     _queue_of_width(queue, "q", q)
     same_device("q", q, "k", k)
     same_device("q", q, "queue", queue)
@@ -118,6 +125,18 @@ def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tenso
             "pass queue.detach()"
         )
     return q, k, queue
+
+
+def nt_xent(z1: object, z2: object) -> tuple[Tensor, Tensor]:
+    """Check the tensors of :func:`moco_fast.nt_xent`."""
+    z1 = tensor("z1", z1, ndim=2)
+    z2 = tensor("z2", z2, ndim=2)
+    _not_empty("z1", z1)
+    if z2.shape != z1.shape:
+        raise ValueError(f"z2 must have the shape of z1, {tuple(z1.shape)}, got {tuple(z2.shape)}")
+    _same_dtype("z1", z1, "z2", z2)
+    same_device("z1", z1, "z2", z2)
+    return z1, z2
 
 
 def enqueue(
@@ -227,6 +246,16 @@ def finite(**tensors: Tensor) -> None:
                 f"{name} must be finite, got {int(bad.sum())} non-finite of {value.numel()} values, "
                 f"the first at {first}: {value[first].item()}"
             )
+
+
+def _not_empty(name: str, value: Tensor) -> None:
+    if 0 in value.shape:
+        raise ValueError(f"{name} must hold at least one row and one feature, got shape {tuple(value.shape)}")
+
+
+def _same_dtype(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
+    if value.dtype != first.dtype:
+        raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {value.dtype}")
 
 
 def _queue_of_width(queue: Tensor, name: str, rows: Tensor) -> None:

@@ -33,6 +33,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 # Ops over lists of tensors, the optimizers' steps among them: kernels for CPU and GPU, also in float64.
 MULTI_TENSOR = ("ema_update_", "sgd_", "adamw_")
+OPS = ("info_nce", "enqueue_", *MULTI_TENSOR)
 
 # Device types as DLPack numbers them.
 DEVICES = {"cpu": 1, "cuda": 2}
@@ -66,6 +67,8 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot run ``op`` on the tensors, or None if it can."""
     if _C is None:
         return unavailable()
+    if op not in OPS:
+        return f"it has no {op} kernel"
     for tensor in tensors:
         kind = tensor.device.type
         if kind == "cuda" and op in MULTI_TENSOR:

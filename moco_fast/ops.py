@@ -74,6 +74,54 @@ def info_nce(
     return (loss, InfoNCEStats(rank, pos.detach(), neg.detach())) if return_stats else loss
 
 
+def nt_xent(
+    z1: Tensor,  # (N, C)
+    z2: Tensor,  # (N, C)
+    temperature: float = 0.5,
+    *,
+    precision: str = "high",
+    reduction: str = "mean",
+) -> Tensor:
+    """NT-Xent, the loss of SimCLR: every view against all others of the batch, fused.
+
+    ``loss_i = -log( exp(z^_i.z^_i'/T) / sum_{j != i} exp(z^_i.z^_j/T) )`` over the
+    2N rows of ``z = cat([z1, z2])``, with i' the other view of i and
+    ``z^ = z / max(|z|, 1e-12)``. Neither the 2N x 2N logits nor their gradient
+    exist in memory. The gradient, to both views, is computed in the forward pass.
+    Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of
+    Visual Representations", equation 1.
+
+    Args:
+        z1: one view of every image, not normalised; fp32, bf16, fp16 or float64.
+        z2: the other view, of the same shape and dtype.
+        temperature: T > 0.
+        precision: what the matrix products may round their operands to at most:
+            "highest" fp32, "high" fp16 (on a CPU fp32), "medium" bf16. Sums are always fp32.
+        reduction: "mean" or "sum" over the 2N views, or "none": (2N,) losses, without gradient.
+
+    Returns:
+        The loss in fp32 (float64 for float64 inputs), a scalar, or (2N,) for "none".
+        A non-finite row gives non-finite losses. It can be differentiated once; a second derivative raises.
+
+    Raises:
+        TypeError: not a floating-point tensor, or the dtypes differ.
+        ValueError: shapes or devices do not match, an empty batch, a temperature that is not finite and
+            positive, "none" where a gradient is wanted.
+
+    Example:
+        >>> loss = moco_fast.nt_xent(model(view1), model(view2), temperature=0.1)
+    """
+    z1, z2 = checks.nt_xent(z1, z2)
+    temperature = checks.temperature(temperature)
+    checks.one_of("precision", precision, checks.PRECISIONS)
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+
+    need_dz = (z1.requires_grad or z2.requires_grad) and torch.is_grad_enabled()
+    checks.one_gradient(reduction, need_dz)
+    rows, _ = _nt_xent(torch.cat([z1, z2]), temperature, precision, need_dz)
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
 @torch.no_grad()
 def ema_update_(
     targets: Sequence[Tensor],  # any shapes, one device
@@ -162,15 +210,23 @@ def _(q, k, queue, temperature, precision, need_dq, need_stats):
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
-    """The identity on a gradient that depends on q in a way autograd does not know."""
+    """The identity on a gradient that depends on the inputs in a way autograd does not know."""
 
     @staticmethod
-    def forward(ctx, grad, q):
+    def forward(ctx, grad, *inputs):
         return grad.clone()
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError("info_nce has no second derivative: its gradient was computed in the forward pass")
+        raise RuntimeError("no second derivative: the gradient of this loss was computed in the forward pass")
+
+
+def _scaled(scale: Tensor, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    """The gradient to the first of the inputs, for losses that arrive at autograd with ``scale``."""
+    result = (scale * gradient).to(inputs[0].dtype)
+    if torch.is_grad_enabled():  # create_graph=True
+        result = _DifferentiatedOnce.apply(result, *inputs)
+    return result
 
 
 def _save_dq(ctx, inputs, output):
@@ -179,13 +235,37 @@ def _save_dq(ctx, inputs, output):
 
 def _scale_dq(ctx, grad_loss, *_):
     q, dq = ctx.saved_tensors
-    grad = (grad_loss[:, None] * dq).to(q.dtype)
-    if torch.is_grad_enabled():  # create_graph=True
-        grad = _DifferentiatedOnce.apply(grad, q)
-    return grad, None, None, None, None, None, None
+    return _scaled(grad_loss[:, None], dq, q), None, None, None, None, None, None
 
 
 _info_nce.register_autograd(_scale_dq, setup_context=_save_dq)
+
+
+@torch.library.custom_op("moco_fast::nt_xent", mutates_args=())
+def _nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
+    backend = backends.choose("nt_xent", (z,))
+    with torch.autocast(z.device.type, enabled=False):  # the op's own matrix products stay in fp32
+        return backend.nt_xent(z, temperature, precision, need_dz)
+
+
+@_nt_xent.register_fake
+def _(z, temperature, precision, need_dz):
+    loss = z.new_empty(z.shape[:1], dtype=reference.compute_dtype(z))
+    return loss, loss.new_empty((z.shape[0] if need_dz else 0, z.shape[1]))
+
+
+def _save_dz(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[1])
+
+
+def _scale_dz(ctx, grad_loss, _):
+    z, dz = ctx.saved_tensors
+    # dz is that of the sum of the losses: only their mean or sum leaves nt_xent() with a gradient, so that
+    # all of grad_loss is one value.
+    return _scaled(grad_loss[:1, None], dz, z), None, None, None
+
+
+_nt_xent.register_autograd(_scale_dz, setup_context=_save_dz)
 
 
 def _ema_update_impl(

@@ -10,6 +10,7 @@ import torch
 
 import moco_fast.kernels
 from moco_fast import checks, native, reference
+from moco_fast.kernels import backend as triton
 
 ROOT = Path(moco_fast.__file__).parent
 
@@ -131,14 +132,20 @@ def test_command_sets_the_openmp_policy_before_torch():
     assert python(program) == "False"
 
 
-@pytest.mark.parametrize("op", ["info_nce", "ema_update_", "enqueue_"])
+@pytest.mark.parametrize("op", ["info_nce", "ema_update_", "enqueue_", "nt_xent"])
 def test_an_op_has_one_name_everywhere(op):
     """The steps of docs/adding-an-op.md."""
     name, root = op.rstrip("_"), ROOT.parent
     assert op in moco_fast.__all__ and hasattr(torch.ops.moco_fast, op)
-    assert hasattr(reference, op) and hasattr(native, op)
-    assert hasattr(checks, name)
-    for path in (f"csrc/{name}.h", f"csrc/{name}_cpu.cpp", f"tests/test_{name}.py", f"bench/bench_{name}.py"):
+    assert hasattr(reference, op) and hasattr(checks, name)
+    paths = [f"tests/test_{name}.py"]
+    if op in native.OPS:
+        assert hasattr(native, op)
+        paths += [f"csrc/{name}.h", f"csrc/{name}_cpu.cpp", f"bench/bench_{name}.py"]
+    else:
+        assert hasattr(triton, op)
+        paths += [f"kernels/{name}.py"]
+    for path in paths:
         assert (root / path).exists(), path
     for path in (f"kernels/{name}.py",):
         assert (root / path).exists(), path
