@@ -33,7 +33,7 @@ AIMS = {
     ("info_nce", "N=1024,"): 64,
     ("ema_update_", "resnet50 with MLP"): 85,
     ("fused step", "SGD + EMA"): 200,
-    ("nt_xent", ""): 100,
+    ("nt_xent", "2N=8192,"): 100,
     ("two_crops", ""): 150,
 }
 
