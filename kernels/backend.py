@@ -60,3 +60,14 @@ def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tup
 
     with on_device_of(z):
         return kernel.nt_xent(z, temperature, precision, need_dz)
+
+
+def contrast(
+    q: Tensor, k: Tensor, temperature: float, labels: int, precision: str, need_dq: bool, need_dk: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.contrast`."""
+    from moco_fast.kernels import contrast as kernel
+    from moco_fast.kernels.common import on_device_of
+
+    with on_device_of(q):
+        return kernel.contrast(q, k, temperature, labels, precision, need_dq, need_dk)

@@ -54,21 +54,30 @@ from moco_fast.kernels.common import (
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (pass, padded C, twice that for pairs of
-# operands). Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another.
+# (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (pass, padded C); "split" is precision
+# "highest". Not measured on a GPU yet: chosen so that on sm_90 nothing spills and no wgmma waits for another,
+# which none of the tiles tried achieves for the gradient of split operands of 512 features.
 TILES = {
     ("sums", 32): (128, 128, 8, 4, 2),
     ("sums", 64): (128, 128, 8, 4, 2),
     ("sums", 128): (128, 128, 8, 3, 1),
     ("sums", 256): (128, 64, 8, 3, 1),
     ("sums", 512): (64, 64, 4, 2, 1),
-    ("sums", 1024): (64, 32, 4, 2, 1),
     ("gradient", 32): (128, 64, 8, 4, 2),
     ("gradient", 64): (128, 64, 8, 3, 2),
     ("gradient", 128): (128, 64, 8, 3, 1),
     ("gradient", 256): (64, 64, 8, 2, 1),
-    ("gradient", 512): (64, 32, 8, 2, 1),
-    ("gradient", 1024): (64, 16, 8, 2, 1),
+    ("gradient", 512): (64, 16, 8, 2, 1),
+    ("split sums", 32): (128, 128, 8, 4, 2),
+    ("split sums", 64): (128, 128, 8, 3, 1),
+    ("split sums", 128): (128, 64, 8, 3, 1),
+    ("split sums", 256): (64, 64, 4, 2, 1),
+    ("split sums", 512): (64, 16, 4, 2, 1),
+    ("split gradient", 32): (128, 64, 8, 3, 2),
+    ("split gradient", 64): (128, 64, 8, 3, 1),
+    ("split gradient", 128): (128, 64, 8, 2, 1),
+    ("split gradient", 256): (64, 16, 4, 2, 1),
+    ("split gradient", 512): (64, 16, 4, 1, 1),
 }
 PADDING = 128  # a multiple of every block of rows or columns
 
@@ -335,9 +344,8 @@ def sweep(
     offset = OFFSET[dtype][1 if second else 0] if gradient else 0.0
 
     block_c = _padded(features)
-    block_m, block_n, warps, stages, per_sm = TILES[
-        "gradient" if gradient else "sums", block_c * (2 if split else 1)
-    ]
+    kind = ("split " if split else "") + ("gradient" if gradient else "sums")
+    block_m, block_n, warps, stages, per_sm = TILES[kind, block_c]
     blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     kept = features if gradient else 1
     shares = shares_of(problems * rows, kept, problems * blocks, tiles, per_sm * multiprocessors(device))

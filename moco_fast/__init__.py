@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moco_fast.backends import use_backend
     from moco_fast.models.moco import MoCo
     from moco_fast.norm import SplitBatchNorm
-    from moco_fast.ops import InfoNCEStats, ema_update_, enqueue_, info_nce, nt_xent
+    from moco_fast.ops import InfoNCEStats, contrast, ema_update_, enqueue_, info_nce, nt_xent
     from moco_fast.queue import KeyQueue
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "SplitBatchNorm",
     "__version__",
     "checks",
+    "contrast",
     "ema_update_",
     "enqueue_",
     "info_nce",
@@ -35,6 +36,7 @@ _HOME = {
     "KeyQueue": "queue",
     "MoCo": "models.moco",
     "SplitBatchNorm": "norm",
+    "contrast": "ops",
     "ema_update_": "ops",
     "enqueue_": "ops",
     "info_nce": "ops",
