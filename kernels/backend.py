@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moco_fast import reference
 
-OPS = ("info_nce", "nt_xent", "ema_update_", "enqueue_")
+OPS = ("info_nce", "nt_xent", "contrast", "ema_update_", "enqueue_")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
 HOLDS_ROWS = ("info_nce", "nt_xent", "contrast")  # ops whose kernels hold whole rows in registers
@@ -81,3 +81,14 @@ def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tup
 
     with on_device_of(z):
         return nt_xent(z, temperature, precision, need_dz)
+
+
+def contrast(
+    q: Tensor, k: Tensor, temperature: float, labels: int, precision: str, need_dq: bool, need_dk: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.contrast`."""
+    from moco_fast.kernels.common import on_device_of
+    from moco_fast.kernels.contrast import contrast
+
+    with on_device_of(q):
+        return contrast(q, k, temperature, labels, precision, need_dq, need_dk)

@@ -55,21 +55,30 @@ from moco_fast.kernels.common import (
     unit_rows,
 )
 
-# (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (pass, padded C, twice that for pairs of
-# operands). Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another.
+# (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (pass, padded C); "split" is precision
+# "highest". Not measured on a GPU yet: chosen so that on sm_90 nothing spills and no wgmma waits for another,
+# which none of the tiles tried achieves for the gradient of split operands of 512 features.
 TILES = {
     ("sums", 32): (128, 128, 8, 4, 2),
     ("sums", 64): (128, 128, 8, 4, 2),
     ("sums", 128): (128, 128, 8, 3, 1),
     ("sums", 256): (128, 64, 8, 3, 1),
     ("sums", 512): (64, 64, 4, 2, 1),
-    ("sums", 1024): (64, 32, 4, 2, 1),
     ("gradient", 32): (128, 64, 8, 4, 2),
     ("gradient", 64): (128, 64, 8, 3, 2),
     ("gradient", 128): (128, 64, 8, 3, 1),
     ("gradient", 256): (64, 64, 8, 2, 1),
-    ("gradient", 512): (64, 32, 8, 2, 1),
-    ("gradient", 1024): (64, 16, 8, 2, 1),
+    ("gradient", 512): (64, 16, 8, 2, 1),
+    ("split sums", 32): (128, 128, 8, 4, 2),
+    ("split sums", 64): (128, 128, 8, 3, 1),
+    ("split sums", 128): (128, 64, 8, 3, 1),
+    ("split sums", 256): (64, 64, 4, 2, 1),
+    ("split sums", 512): (64, 16, 4, 2, 1),
+    ("split gradient", 32): (128, 64, 8, 3, 2),
+    ("split gradient", 64): (128, 64, 8, 3, 1),
+    ("split gradient", 128): (128, 64, 8, 2, 1),
+    ("split gradient", 256): (64, 16, 4, 2, 1),
+    ("split gradient", 512): (64, 16, 4, 1, 1),
 }
 PADDING = 128  # a multiple of every block of rows or columns
 
@@ -214,8 +223,10 @@ def _sweep(
         tl.store(totals + at, total, mask=row < R)
         tl.store(shifts + at, shift, mask=row < R)
     if GRADIENT:
-        c = tl.arange(0, BLOCK_C)[None, :]
-        tl.store(sums + at[:, None] * C + c, acc, mask=(row[:, None] < R) & (c < C))
+        # 32-bit offsets from one 64-bit address: as many addresses as sums would not fit in registers.
+        first_row = sums + ((share * tl.num_programs(2) + problem).to(tl.int64) * R + start) * C
+        here, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_C)[None, :]
+        tl.store(first_row + (here * C + c), acc, mask=(here < R - start) & (c < C))
 
 
 @triton.jit
@@ -307,6 +318,7 @@ def operand(
     _normalise[(triton.cdiv(padded, block_r), problems)](
         x, high, low, rows, features, padded,
         WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, SPLIT=precision == "highest",
+        enable_fp_fusion=True,
     )  # fmt: skip
     return Operand(high, low, padded)
 
@@ -336,9 +348,8 @@ def sweep(
     offset = OFFSET[dtype][1 if second else 0] if gradient else 0.0
 
     block_c = _padded(features)
-    block_m, block_n, warps, stages, per_sm = TILES[
-        "gradient" if gradient else "sums", block_c * (2 if split else 1)
-    ]
+    kind = ("split " if split else "") + ("gradient" if gradient else "sums")
+    block_m, block_n, warps, stages, per_sm = TILES[kind, block_c]
     blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     kept = features if gradient else 1
     shares = shares_of(problems * rows, kept, problems * blocks, tiles, per_sm * multiprocessors(device))
@@ -359,7 +370,7 @@ def sweep(
         scale - offset if in_operands else 0.0,
         OFFSET=offset, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         SECOND=second, PAIRED=paired, BOUNDED=bounded, SPLIT=split, GRADIENT=gradient,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
     return Partial(sums, totals[0], totals[1], 2.0**-offset)
 
@@ -384,7 +395,7 @@ def losses(
         x, y, part.sums, part.totals, part.shifts, loss, log2_sum, miss, dx,
         rows, y.shape[1], features, first, LOG2E / temperature, 1 / temperature,
         SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), BLOCK_R=block_r, CHUNK=chunk,
-        BLOCK_C=block_c, PAIRED=paired, GRADIENT=gradient,
+        BLOCK_C=block_c, PAIRED=paired, GRADIENT=gradient, enable_fp_fusion=True,
     )  # fmt: skip
     return Losses(loss, log2_sum, miss, dx)
 
@@ -407,7 +418,7 @@ def gradients(
     _gradients[(triton.cdiv(rows, block_r), problems)](
         x, y, part.sums, miss, dx, rows, y.shape[1], features, first, 1 / temperature, part.factor,
         SHARES=part.sums.shape[0], BLOCK_R=block_r, CHUNK=chunk, BLOCK_C=block_c,
-        PAIRED=paired,
+        PAIRED=paired, enable_fp_fusion=True,
     )  # fmt: skip
     return dx
 

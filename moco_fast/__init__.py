@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moco_fast.backends import use_backend
     from moco_fast.models.moco import MoCo
     from moco_fast.norm import SplitBatchNorm
-    from moco_fast.ops import InfoNCEStats, ema_update_, enqueue_, info_nce, nt_xent
+    from moco_fast.ops import InfoNCEStats, contrast, ema_update_, enqueue_, info_nce, nt_xent
     from moco_fast.optim import LARS, SGD, AdamW
     from moco_fast.queue import KeyQueue
 
@@ -26,6 +26,7 @@ __all__ = [
     "SplitBatchNorm",
     "__version__",
     "checks",
+    "contrast",
     "ema_update_",
     "enqueue_",
     "info_nce",
@@ -42,6 +43,7 @@ _HOME = {
     "KeyQueue": "queue",
     "MoCo": "models.moco",
     "SplitBatchNorm": "norm",
+    "contrast": "ops",
     "ema_update_": "ops",
     "enqueue_": "ops",
     "info_nce": "ops",

@@ -139,6 +139,30 @@ def nt_xent(z1: object, z2: object) -> tuple[Tensor, Tensor]:
     return z1, z2
 
 
+def contrast(q: object, k: object, labels: object) -> tuple[Tensor, Tensor, int]:
+    """Check the tensors and labels of :func:`moco_fast.contrast`."""
+    several = isinstance(q, Tensor) and q.ndim == 3
+    q = tensor("q", q, ndim=3 if several else 2)
+    k = tensor("k", k, ndim=q.ndim)
+    _not_empty("q", q)
+    if k.shape[-1] != q.shape[-1] or k.shape[:-2] != q.shape[:-2]:
+        expected = ", ".join(map(str, (*q.shape[:-2], "M", q.shape[-1])))
+        raise ValueError(f"k must have shape ({expected}) to match q {tuple(q.shape)}, got {tuple(k.shape)}")
+    _same_dtype("q", q, "k", k)
+    same_device("q", q, "k", k)
+    if isinstance(labels, bool) or not isinstance(labels, int):
+        raise TypeError(f"labels must be an integer, got {type(labels).__name__} {labels!r}")
+    last = k.shape[-2] - q.shape[-2]
+    if last < 0:
+        raise ValueError(f"k must hold a key for each of the {q.shape[-2]} queries, got {k.shape[-2]}")
+    if not 0 <= labels <= last:
+        raise ValueError(
+            f"labels, the row of k that is the first query's key, must be in [0, {last}] for "
+            f"{q.shape[-2]} queries and {k.shape[-2]} keys, got {labels}"
+        )
+    return q, k, labels
+
+
 def enqueue(
     queue: object, ptr: object, keys: object, mirror: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

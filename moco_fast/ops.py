@@ -122,6 +122,61 @@ def nt_xent(
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
+def contrast(
+    q: Tensor,  # (N, C) or (D, N, C)
+    k: Tensor,  # (M, C) or (D, M, C), M >= N
+    temperature: float = 1.0,
+    *,
+    labels: int = 0,
+    precision: str = "high",
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of queries against the keys of a batch, fused.
+
+    ``loss_i = -log( exp(q^_i.k^_y/T) / sum_j exp(q^_i.k^_j/T) )`` with
+    ``y = labels + i`` and ``x^ = x / max(|x|, 1e-12)``: ``F.cross_entropy(q^ @ k^.T / T,
+    arange(N) + labels)``, the loss of MoCo v3 without its factor 2T. Neither the
+    N x M logits nor their gradient exist in memory. Gradients are computed in the
+    forward pass: to ``q``, and to ``k`` unless it is frozen, that is, without grad.
+    Source: Chen et al. 2021, "An Empirical Study of Training Self-Supervised
+    Vision Transformers", algorithm 1; end-to-end, with gradient to the keys: He et
+    al. 2020, "Momentum Contrast", figure 2a.
+
+    Args:
+        q: queries, not normalised; fp32, bf16, fp16 or float64. With three dimensions, D problems that
+            share launches, such as the two directions of a symmetric loss.
+        k: keys of the same dtype, not normalised; on several ranks those of all, in the order of the ranks.
+        temperature: T > 0.
+        labels: row of k that is the key of the first query, N * rank for gathered keys.
+        precision: what the matrix products may round their operands to at most:
+            "highest" fp32, "high" fp16 (on a CPU fp32), "medium" bf16. Sums are always fp32.
+        reduction: "mean" or "sum" over all D N queries, or "none": losses (N,) or (D, N), without a gradient
+            to k.
+
+    Returns:
+        The loss in fp32 (float64 for float64 inputs), a scalar, or one per query for "none".
+        A non-finite row gives non-finite losses. It can be differentiated once; a second derivative raises.
+
+    Raises:
+        TypeError: not a floating-point tensor, dtypes differ, labels is not an integer.
+        ValueError: shapes or devices do not match, an empty batch, labels out of range, a temperature that is
+            not finite and positive, "none" where a gradient to k is wanted.
+
+    Example:
+        >>> loss = 4 * T * moco_fast.contrast(torch.stack([q1, q2]), torch.stack([k2, k1]), T)  # MoCo v3
+    """
+    q, k, labels = checks.contrast(q, k, labels)
+    temperature = checks.temperature(temperature)
+    checks.one_of("precision", precision, checks.PRECISIONS)
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+
+    need_dq, need_dk = (x.requires_grad and torch.is_grad_enabled() for x in (q, k))
+    checks.one_gradient(reduction, need_dk)
+    problems, shape = (q, k) if q.ndim == 3 else (q[None], k[None]), q.shape[:-1]
+    rows, _, _ = _contrast(*problems, temperature, labels, precision, need_dq, need_dk)
+    return rows.view(shape) if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
 @torch.no_grad()
 def ema_update_(
     targets: Sequence[Tensor],  # any shapes, one device
@@ -266,6 +321,39 @@ def _scale_dz(ctx, grad_loss, _):
 
 
 _nt_xent.register_autograd(_scale_dz, setup_context=_save_dz)
+
+
+@torch.library.custom_op("moco_fast::contrast", mutates_args=())
+def _contrast(
+    q: Tensor, k: Tensor, temperature: float, labels: int, precision: str, need_dq: bool, need_dk: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = backends.choose("contrast", (q, k))
+    with torch.autocast(q.device.type, enabled=False):  # the op's own matrix products stay in fp32
+        return backend.contrast(q, k, temperature, labels, precision, need_dq, need_dk)
+
+
+@_contrast.register_fake
+def _(q, k, temperature, labels, precision, need_dq, need_dk):
+    problems, rows, features = q.shape
+    loss = q.new_empty((problems, rows), dtype=reference.compute_dtype(q, k))
+    dq = loss.new_empty((problems, rows if need_dq else 0, features))
+    return loss, dq, loss.new_empty((problems, k.shape[1] if need_dk else 0, features))
+
+
+def _save_both(ctx, inputs, output):
+    ctx.need_dq, ctx.need_dk = inputs[5:]
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+
+
+def _scale_both(ctx, grad_loss, *_):
+    q, k, dq, dk = ctx.saved_tensors
+    dq = _scaled(grad_loss[..., None], dq, q, k) if ctx.need_dq else None
+    # As dz of nt_xent: where k wants a gradient, all of grad_loss is one value.
+    dk = _scaled(grad_loss[:1, :1, None], dk, k, q) if ctx.need_dk else None
+    return dq, dk, None, None, None, None, None
+
+
+_contrast.register_autograd(_scale_both, setup_context=_save_both)
 
 
 def _ema_update_impl(

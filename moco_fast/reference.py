@@ -168,7 +168,7 @@ def contrast(
     logits[:, index, index + labels] = -torch.inf
     positive = (q_hat * k_hat[:, own]).sum(dim=2) / temperature
     loss, exps, total, miss = _cross_entropy(positive, logits)
-    dq = dk = loss.new_empty((problems, 0, features))
+    dq, dk = (loss.new_empty((problems, 0, features)) for _ in range(2))
     p = exps / total[..., None] if need_dq or need_dk else exps
     if need_dq:
         dq_hat = (p @ k_hat - miss[..., None] * k_hat[:, own]) / temperature
