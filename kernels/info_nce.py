@@ -67,6 +67,9 @@ TILES = {
 # Before sm_90 the operands of every product pass through registers.
 OLDER_TILES = {128: (64, 64, 8, 3, 1), 256: (64, 32, 8, 2, 1), 512: (32, 32, 8, 2, 1)}
 
+# Precision "highest" holds every operand twice. At these widths registers spill: exact, but slow.
+SPLIT_TILES = {256: (32, 32, 8, 2, 1), 512: (32, 16, 8, 2, 1)}
+
 # Smallest temperature at which exp fits between -1/T and 1/T: fp16 spans 2^-24 to 2^16, bf16 fp32's range.
 FIXED_SHIFT_FROM = {torch.float16: 0.05, torch.bfloat16: 0.025}
 # Exponentials are scaled by 2^15, the largest power of two in fp16, so that the small ones do not vanish.
@@ -260,8 +263,10 @@ def _finish(
     tl.store(loss + row, value, mask=valid)
 
 
-def tiles_for(n: int, block_c: int, device: torch.device) -> tuple[int, int, int, int, int]:
+def tiles_for(n: int, block_c: int, split: bool, device: torch.device) -> tuple[int, int, int, int, int]:
     """The entry of the tables for a batch of n rows padded to block_c features."""
+    if split and block_c in SPLIT_TILES:
+        return SPLIT_TILES[block_c]
     if block_c in OLDER_TILES and not has_tma(device):
         return OLDER_TILES[block_c]
     return TILES["few" if n <= 64 else "many", block_c]
@@ -321,7 +326,7 @@ def info_nce(
     scale = LOG2E / temperature
 
     block_c = max(32, triton.next_power_of_2(features))
-    block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, q.device)
+    block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, split, q.device)
     blocks, steps = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
     shares = shares_of(n, features, blocks, steps, per_sm * multiprocessors(q.device))
     steps_per_share = triton.cdiv(steps, shares)

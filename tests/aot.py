@@ -95,6 +95,11 @@ def info_nce_cases():
         if rows == "many" and features >= 64:
             older = info_nce.OLDER_TILES.get(features, tiles)
             yield f"{rows} {features} sm_80", lambda t=older, f=features: sweep(t, f, AMPERE)
+    for features, tiles in info_nce.SPLIT_TILES.items():
+        yield (
+            f"wide highest {features}",
+            lambda t=tiles, f=features: sweep(t, f, AMPERE, split=True, queue="fp32"),
+        )
     forms = {
         "online": {"online": True},
         "fp32 queue": {"queue": "fp32"},

@@ -29,13 +29,15 @@ def kernels():
 def test_nothing_spills(kernels):
     assert len(kernels) >= 25
     for name, kernel in kernels.items():
+        if "wide highest" in name[1]:  # says so beside its tiles
+            continue
         assert kernel["spills"] == 0 and kernel["local"] == 0, (name, kernel)
 
 
 def test_info_nce_products_do_not_wait_for_each_other(kernels):
     """On Hopper: wgmma only, one ARRIVE per product; more would mean operands that pass through registers."""
     for (op, label), kernel in kernels.items():
-        if op == "info_nce" and "sm_80" not in label:
+        if op == "info_nce" and "sm_80" not in label and "wide" not in label:
             assert kernel["hgmma"] >= 2 and kernel["hmma"] == 0 and kernel["tma"] > 0, (label, kernel)
             assert kernel["arrive"] <= kernel["products"], (label, kernel)
 
@@ -54,7 +56,9 @@ def test_shared_memory_allows_the_programs_the_tables_ask_for(kernels):
         registers, warps = kernels["info_nce", f"{rows} {features}"]["registers"], TILES[rows, features][2]
         assert registers * warps * 32 * per_sm <= 65536, (rows, features)
     for (op, label), kernel in kernels.items():
-        assert kernel["shared"] <= (AMPERE_SHARED if "sm_80" in label else HOPPER_SHARED), (op, label)
+        assert kernel["shared"] <= (
+            AMPERE_SHARED if "sm_80" in label or "wide" in label else HOPPER_SHARED
+        ), (op, label)
 
 
 def test_ema_update_moves_16_bytes_at_a_time(kernels):
