@@ -37,6 +37,13 @@ def main() -> None:
                         loss, _ = moco_fast.info_nce(q, keys, queue, precision=precision, return_stats=True)
                         loss.backward()
                     calls += 1
+            trained = keys.clone().requires_grad_()  # both take a gradient to either side
+            for op, loss_of in (("nt_xent", moco_fast.nt_xent), ("contrast", moco_fast.contrast)):
+                for name in kernels(op, q, keys):
+                    for precision in PRECISIONS:
+                        with moco_fast.use_backend(name):
+                            loss_of(q, trained, 0.1, precision=precision).backward()
+                        calls += 1
             for name in kernels("ema_update_", keys):
                 with moco_fast.use_backend(name):
                     moco_fast.ema_update_([keys, keys[0].clone()], [q.detach(), q.detach()[0]], 0.99)
@@ -44,7 +51,7 @@ def main() -> None:
             for name in kernels("enqueue_", queue, keys):
                 ptr = torch.tensor([k - 2], device=device)
                 with moco_fast.use_backend(name):
-                    moco_fast.enqueue_(queue, ptr, keys)
+                    moco_fast.enqueue_(queue, ptr, keys, queue.half())
                 calls += 1
     start = [torch.randn(shape, device=device) for shape in ((37,), (5, 3, 3, 3), (1000, 7))]
     for optimizer in OPTIMIZERS:

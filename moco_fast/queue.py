@@ -58,7 +58,7 @@ class KeyQueue(nn.Module):
         For Triton's kernels a float16 mirror of the buffer, which :meth:`enqueue_` keeps in step; it is
         made anew after any other write that torch knows of (not one through ``.data``). Else :attr:`rows`.
         """
-        if torch.compiler.is_compiling() or backends.choose("info_nce", (self.queue,)) is not backends.triton:
+        if torch.compiler.is_compiling() or backends.choose("info_nce", (self.rows,)) is not backends.triton:
             return self.rows
         if self._mirror is None or self._mirrored != self.queue._version:
             self._mirror, self._mirrored = self.rows.to(torch.float16), self.queue._version

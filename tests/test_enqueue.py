@@ -90,7 +90,7 @@ def test_mirror_holds_the_same_rows(backend):
 
 def test_key_queue_keeps_its_mirror_in_step(backend):
     """What the loss reads is the buffer as it is now, whoever wrote it."""
-    queue = moco_fast.KeyQueue(8, 20)
+    queue = moco_fast.KeyQueue(8, 600)
     bits = torch.float16 if backend == "triton" else torch.float32
 
     def in_step():
@@ -102,7 +102,7 @@ def test_key_queue_keeps_its_mirror_in_step(backend):
     assert in_step() and queue.negatives.data_ptr() == kept.data_ptr()  # written, not made anew
     queue.queue[:, :3] = 0.5
     assert in_step()
-    queue.load_state_dict(moco_fast.KeyQueue(8, 20).state_dict())
+    queue.load_state_dict(moco_fast.KeyQueue(8, 600).state_dict())
     assert in_step()
     version = queue.queue._version
     copied = copy.deepcopy(queue)
