@@ -9,7 +9,7 @@ pretrain: $(VENV)/train.stamp
 	$(BIN)/moco-fast pretrain $(ARGS)
 
 test: $(VENV)/test.stamp
-	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest $(ARGS)
+	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
