@@ -48,12 +48,7 @@ def _launched(run: Call, device: torch.device, cold: bool) -> Callable[[], float
         else:
             run()
         torch.cuda.synchronize(device)
-        start, end = _events()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return _between_events(run)
 
     return timer
 
@@ -68,21 +63,21 @@ def device_clock(run: Call, device: torch.device, prepare: Call = lambda: None) 
     """
 
     def timer() -> float:
-        start, end = _events()
         torch.cuda.synchronize(device)
         prepare()
         torch.cuda._sleep(SPIN_CYCLES)  # touches no memory: the L2 stays as prepared
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return _between_events(run)
 
     return timer
 
 
-def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def _between_events(run: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def flush_l2(device: torch.device) -> None:

@@ -27,7 +27,7 @@ __device__ __forceinline__ void update(const Pointers<T>& to, int begin, int cou
             const int i = base + u * kThreads * V;
             if (i >= count) break;
             load(to.param + i, param[u]);
-            load_once(to.grad + i, grad[u]);
+            load<true>(to.grad + i, grad[u]);
             load(to.average + i, average[u]);
             load(to.square + i, square[u]);
             if (to.key) load(to.key + i, key[u]);

@@ -145,31 +145,18 @@ __device__ __forceinline__ T* at(const AnyTable& table, int role, const Share& s
     return data ? data + share.begin : nullptr;
 }
 
-// V values at once, 16 bytes per access; or one.
-template <class T, int V>
+// V values at once, 16 bytes per access; or one. Once: nobody reads them again before they are overwritten,
+// so they are the first to leave the cache.
+template <bool Once = false, class T, int V>
 __device__ __forceinline__ void load(const T* from, T (&to)[V]) {
     if constexpr (V == 1) {
         to[0] = *from;
     } else {
         static_assert(V * sizeof(T) % 16 == 0, "a vector is made of 16-byte accesses");
+        const uint4* vectors = reinterpret_cast<const uint4*>(from);
         uint4 bits[V * sizeof(T) / 16];
 #pragma unroll
-        for (int i = 0; i < int(V * sizeof(T) / 16); ++i) bits[i] = reinterpret_cast<const uint4*>(from)[i];
-        memcpy(to, bits, sizeof to);
-    }
-}
-
-// The same of what no one reads again before it is overwritten: first to leave the cache.
-template <class T, int V>
-__device__ __forceinline__ void load_once(const T* from, T (&to)[V]) {
-    if constexpr (V == 1) {
-        to[0] = *from;
-    } else {
-        static_assert(V * sizeof(T) % 16 == 0, "a vector is made of 16-byte accesses");
-        uint4 bits[V * sizeof(T) / 16];
-#pragma unroll
-        for (int i = 0; i < int(V * sizeof(T) / 16); ++i)
-            bits[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
+        for (int i = 0; i < int(V * sizeof(T) / 16); ++i) bits[i] = Once ? __ldcs(vectors + i) : vectors[i];
         memcpy(to, bits, sizeof to);
     }
 }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,9 +29,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def installed() -> bool:
+    """Whether Triton can be imported; looked for once, since every call of an op asks."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Launch on the tensor's device, whatever the current one is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot run ``op`` on the tensors, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed"
     if op not in OPS:
         return f"it has no kernel for {op}"
@@ -53,7 +66,8 @@ def info_nce(
     """See :func:`moco_fast.reference.info_nce`."""
     from moco_fast.kernels.info_nce import info_nce
 
-    return info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
+    with _on_device_of(q):
+        return info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
 
 
 def ema_update_(
@@ -62,7 +76,8 @@ def ema_update_(
     """See :func:`moco_fast.reference.ema_update_`."""
     from moco_fast.kernels.ema_update import ema_update_
 
-    ema_update_(targets, sources, m, masters)
+    with _on_device_of(targets[0]):
+        ema_update_(targets, sources, m, masters)
 
 
 def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None) -> None:
@@ -71,15 +86,15 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = N
 
     if not queue.is_contiguous() or not (mirror is None or mirror.is_contiguous()):
         return reference.enqueue_(queue, ptr, keys, mirror)
-    enqueue_(queue, ptr, keys, mirror)
+    with _on_device_of(queue):
+        enqueue_(queue, ptr, keys, mirror)
 
 
 def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
     """See :func:`moco_fast.reference.nt_xent`."""
-    from moco_fast.kernels.common import on_device_of
     from moco_fast.kernels.nt_xent import nt_xent
 
-    with on_device_of(z):
+    with _on_device_of(z):
         return nt_xent(z, temperature, precision, need_dz)
 
 
@@ -87,8 +102,7 @@ def contrast(
     q: Tensor, k: Tensor, temperature: float, labels: int, precision: str, need_dq: bool, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.contrast`."""
-    from moco_fast.kernels.common import on_device_of
     from moco_fast.kernels.contrast import contrast
 
-    with on_device_of(q):
+    with _on_device_of(q):
         return contrast(q, k, temperature, labels, precision, need_dq, need_dk)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # TRITON_INTERPRET=1 runs kernels on the CPU, in NumPy. It has to be set before a kernel file is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -21,12 +19,10 @@ EPS = tl.constexpr(1e-12)  # smallest norm a row is divided by, as in torch.nn.f
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Smallest temperature at which exp fits between -1/T and 1/T: fp16 spans 2^-24 to 2^16, bf16 fp32's range.
+FIXED_SHIFT_FROM = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.025}
+
 SCRATCH_BYTES = 8_000_000  # of partial sums, if one share of them takes less
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Launch on the tensor's device, whatever the current one is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @cache
@@ -60,6 +56,16 @@ def widened(x):
     if WIDEN:
         x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def exp2_scaled(
+    s,  # (M, N) fp32
+    scale,
+    shift,  # broadcasts to s
+):
+    """``exp2(s * scale - shift)``, one fused multiply-add each whatever the compiler's default."""
+    return tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.zeros_like(s) - shift))
 
 
 @triton.jit
@@ -166,3 +172,13 @@ def shares_of(rows: int, features: int, blocks: int, tiles: int, programs: int) 
     """
     affordable = SCRATCH_BYTES // (4 * rows * features)
     return max(1, min(triton.cdiv(programs, blocks), affordable, tiles))
+
+
+def operand_dtype(precision: str) -> torch.dtype:
+    """What the matrix products read; for "highest" in pairs, a value and what rounding took from it."""
+    return torch.bfloat16 if precision == "medium" else torch.float16
+
+
+def padded_features(features: int) -> int:
+    """Columns of the blocks that hold rows of so many features."""
+    return max(32, triton.next_power_of_2(features))

@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moco_fast import reference
-from moco_fast.kernels.common import on_device_of
 
 # (elements per program, warps) by bytes per element of the state. Not measured on a GPU yet.
 TILES = {8: (2048, 8), 4: (4096, 8), 2: (8192, 8)}
@@ -154,12 +153,11 @@ def _launch(
         m = m.to(device)  # as an argument of a kernel a number has fp32
     on_device = m.device == device and (device.type == "cuda" or dtypes[0] == torch.float64)
     keep, take = (0.0, 0.0) if on_device else (float(m), float(1 - m))
-    with on_device_of(states[0]):
-        _ema_update[(len(table),)](
-            table, m if on_device else table, keep, take,
-            *(TRITON_DTYPES[dtype] for dtype in dtypes), HAS_COPY=states[0] is not copies[0],
-            M_ON_DEVICE=on_device, ALIGNED=aligned, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    _ema_update[(len(table),)](
+        table, m if on_device else table, keep, take,
+        *(TRITON_DTYPES[dtype] for dtype in dtypes), HAS_COPY=states[0] is not copies[0],
+        M_ON_DEVICE=on_device, ALIGNED=aligned, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 CANDIDATES = {

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moco_fast.kernels.common import EPS, on_device_of, row_norms
+from moco_fast.kernels.common import row_norms, unit_rows
 
 # Elements of keys per program; the rest follows from the width. Not measured on a GPU yet.
 TILES = {"elements": 2048, "warps": 4}
@@ -39,8 +39,7 @@ def _write(
     col = tl.arange(0, BLOCK_C)[None, :]
     inside = (row < N) & (col < C)
     key = tl.load(keys + row.to(tl.int64) * C + col, mask=inside, other=0).to(tl.float32)
-    norm = row_norms(key)
-    unit = key / tl.where(norm < EPS, EPS, norm)  # not maximum(): a NaN must stay
+    unit = unit_rows(key, row_norms(key))
     slot = (_inside(tl.load(ptr), K) + row) % K
     tl.store(queue + slot * C + col, unit.to(queue.dtype.element_ty), mask=inside)
     if HAS_MIRROR:
@@ -58,10 +57,9 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = N
     count, features = keys.shape
     block_c = triton.next_power_of_2(features)
     block_r = max(1, TILES["elements"] // block_c)
-    with on_device_of(queue):
-        _write[(triton.cdiv(count, block_r),)](
-            queue, queue if mirror is None else mirror, ptr, keys, count, queue.shape[0], features,
-            HAS_MIRROR=mirror is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=TILES["warps"],
-            enable_fp_fusion=True,
-        )  # fmt: skip
-        _advance[(1,)](ptr, count, queue.shape[0])
+    _write[(triton.cdiv(count, block_r),)](
+        queue, queue if mirror is None else mirror, ptr, keys, count, queue.shape[0], features,
+        HAS_MIRROR=mirror is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=TILES["warps"],
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    _advance[(1,)](ptr, count, queue.shape[0])

@@ -35,13 +35,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moco_fast.kernels.common import (
+    FIXED_SHIFT_FROM,
     LOG2E,
     add_shares,
     cross_entropy,
+    exp2_scaled,
     finishing_blocks,
     has_tma,
     multiprocessors,
-    on_device_of,
+    operand_dtype,
+    padded_features,
     product,
     row_norms,
     shares_of,
@@ -70,8 +73,6 @@ OLDER_TILES = {128: (64, 64, 8, 3, 1), 256: (64, 32, 8, 2, 1), 512: (32, 32, 8, 
 # Precision "highest" holds every operand twice. At these widths registers spill: exact, but slow.
 SPLIT_TILES = {256: (32, 32, 8, 2, 1), 512: (32, 16, 8, 2, 1)}
 
-# Smallest temperature at which exp fits between -1/T and 1/T: fp16 spans 2^-24 to 2^16, bf16 fp32's range.
-FIXED_SHIFT_FROM = {torch.float16: 0.05, torch.bfloat16: 0.025}
 # Exponentials are scaled by 2^15, the largest power of two in fp16, so that the small ones do not vanish.
 OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
 
@@ -157,7 +158,7 @@ def _walk(
             if DQ:
                 acc *= rescale[:, None]
             shift = grown
-        p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.zeros_like(s) - shift[:, None]))
+        p = exp2_scaled(s, scale, shift[:, None])
         total += tl.sum(p, axis=1)
         if DQ:
             p_high = p.to(q.dtype)
@@ -318,14 +319,14 @@ def info_nce(
     q, k, queue = q.contiguous(), k.contiguous(), _aligned(queue.contiguous())
     n, features = q.shape
     slots, width = queue.shape
-    operand = torch.bfloat16 if precision == "medium" else torch.float16
+    operand = operand_dtype(precision)
     split = precision == "highest"
     split_queue = split and queue.dtype != torch.float16
     online = temperature < FIXED_SHIFT_FROM[operand]
     sums_wanted = need_stats or not need_dq  # without dq nothing else would notice an infinite feature
     scale = LOG2E / temperature
 
-    block_c = max(32, triton.next_power_of_2(features))
+    block_c = padded_features(features)
     block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, split, q.device)
     blocks, steps = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
     shares = shares_of(n, features, blocks, steps, per_sm * multiprocessors(q.device))
@@ -355,24 +356,23 @@ def info_nce(
             TensorDescriptor.from_tensor(x, [h, block_c]) for x, h in zip(operands, heights, strict=True)
         ]
     block_r, chunk = finishing_blocks(n, block_c, q.device)
-    with on_device_of(q):
-        _prepare[(triton.cdiv(n, rows),)](
-            q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
-            WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
-        )  # fmt: skip
-        _sweep[(blocks, shares)](
-            *operands,
-            pos, sums, totals, shifts, cosines, ranks,
-            n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
-            WIDTH=width, TMA=tma, OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-            EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
-            DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
-        _finish[(triton.cdiv(n, block_r),)](
-            q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
-            n, slots, features, scale, 1 / temperature,
-            SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), BLOCK_R=block_r, CHUNK=chunk,
-            BLOCK_C=block_c, DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, enable_fp_fusion=True,
-        )  # fmt: skip
+    _prepare[(triton.cdiv(n, rows),)](
+        q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
+        WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
+    )  # fmt: skip
+    _sweep[(blocks, shares)](
+        *operands,
+        pos, sums, totals, shifts, cosines, ranks,
+        n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
+        WIDTH=width, TMA=tma, OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+        EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
+        DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    _finish[(triton.cdiv(n, block_r),)](
+        q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
+        n, slots, features, scale, 1 / temperature,
+        SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), BLOCK_R=block_r, CHUNK=chunk,
+        BLOCK_C=block_c, DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, enable_fp_fusion=True,
+    )  # fmt: skip
     return loss, dq, rank, pos[:stats], neg[:stats]

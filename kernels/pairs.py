@@ -26,7 +26,7 @@ The R x M similarities never reach memory. A pass makes 2 R M C FLOP, 4 with a
 gradient, and R M exponentials.
 
 Rows are of unit norm, so -1/T <= s <= 1/T and a constant shift replaces the
-running maximum where exponentials of that range fit (``BOUNDED_FROM``).
+running maximum where exponentials of that range fit (``FIXED_SHIFT_FROM``).
 
 Tests: tests/test_nt_xent.py, tests/test_contrast.py.
 """
@@ -42,11 +42,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moco_fast.kernels.common import (
+    FIXED_SHIFT_FROM,
     LOG2E,
     add_shares,
     cross_entropy,
+    exp2_scaled,
     finishing_blocks,
     multiprocessors,
+    operand_dtype,
+    padded_features,
     product,
     row_norms,
     shares_of,
@@ -82,8 +86,6 @@ TILES = {
 }
 PADDING = 128  # a multiple of every block of rows or columns
 
-# Smallest temperature at which exponentials between -1/T and 1/T fit the type they are kept in.
-BOUNDED_FROM = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.025}
 # Exponentials are operands too, scaled by a power of two so that fp16 does not lose the small ones: before
 # that they are up to 1 in the first pass, up to 2 in the second.
 OFFSET = {torch.float16: (15.0, 14.0), torch.bfloat16: (0.0, 0.0)}
@@ -199,9 +201,9 @@ def _sweep(
             if PAIRED and BOUNDED:
                 p = tl.exp2(s * scale) * (own_weight[:, None] + tl.exp2(weight)[None, :])
             else:
-                p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.zeros_like(s) + weight[None, :]))
+                p = exp2_scaled(s, scale, -weight[None, :])
                 if PAIRED:
-                    p += tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.zeros_like(s) + own_weight[:, None]))
+                    p += exp2_scaled(s, scale, -own_weight[:, None])
         else:
             if not BOUNDED:
                 # Against the scaled maximum, less the offset: the largest exponential is 2^OFFSET.
@@ -211,7 +213,7 @@ def _sweep(
                 if GRADIENT:
                     acc *= rescale[:, None]
                 shift = grown
-            p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.zeros_like(s) - shift[:, None]))
+            p = exp2_scaled(s, scale, shift[:, None])
             total += tl.sum(p, axis=1)
         if GRADIENT:
             p_high = p.to(x.dtype)
@@ -310,10 +312,10 @@ def operand(
     """Normalise rows into what the matrix products read."""
     problems, rows, features = x.shape
     padded, width = -(-rows // PADDING) * PADDING, -(-features // 8) * 8  # TMA: rows of 16 bytes
-    dtype = torch.bfloat16 if precision == "medium" else torch.float16
+    dtype = operand_dtype(precision)
     high = torch.empty((problems * padded, width), dtype=dtype, device=x.device)
     low = torch.empty_like(high) if precision == "highest" else high
-    block_c = _padded(features)
+    block_c = padded_features(features)
     block_r = max(1, 4096 // block_c)
     _normalise[(triton.cdiv(padded, block_r), problems)](
         x, high, low, rows, features, padded,
@@ -344,10 +346,10 @@ def sweep(
     scale = LOG2E / temperature
     # Exponentials of the first pass with a gradient are operands before they are normalised.
     in_operands = gradient and not second
-    bounded = temperature >= BOUNDED_FROM[dtype if in_operands else torch.float32]
+    bounded = temperature >= FIXED_SHIFT_FROM[dtype if in_operands else torch.float32]
     offset = OFFSET[dtype][1 if second else 0] if gradient else 0.0
 
-    block_c = _padded(features)
+    block_c = padded_features(features)
     kind = ("split " if split else "") + ("gradient" if gradient else "sums")
     block_m, block_n, warps, stages, per_sm = TILES[kind, block_c]
     blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
@@ -389,7 +391,7 @@ def losses(
     problems, rows, features = x.shape
     loss, log2_sum, miss = torch.empty((3, problems, rows), device=x.device, dtype=torch.float32)
     dx = torch.empty((problems, rows if gradient else 0, features), device=x.device, dtype=torch.float32)
-    block_c, shares = _padded(features), part.totals.shape[0]
+    block_c, shares = padded_features(features), part.totals.shape[0]
     block_r, chunk = finishing_blocks(problems * rows, block_c, x.device)
     _losses[(triton.cdiv(rows, block_r), problems)](
         x, y, part.sums, part.totals, part.shifts, loss, log2_sum, miss, dx,
@@ -413,7 +415,7 @@ def gradients(
     """Close the second pass: the gradient of the sum of all losses to x, (D, R, C) fp32."""
     problems, rows, features = x.shape
     dx = torch.empty((problems, rows, features), device=x.device, dtype=torch.float32)
-    block_c = _padded(features)
+    block_c = padded_features(features)
     block_r, chunk = finishing_blocks(problems * rows, block_c, x.device)
     _gradients[(triton.cdiv(rows, block_r), problems)](
         x, y, part.sums, miss, dx, rows, y.shape[1], features, first, 1 / temperature, part.factor,
@@ -421,7 +423,3 @@ def gradients(
         PAIRED=paired, enable_fp_fusion=True,
     )  # fmt: skip
     return dx
-
-
-def _padded(features: int) -> int:
-    return max(32, triton.next_power_of_2(features))
