@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import moco_fast
-from moco_fast import ops
+from moco_fast.ops.rows import _enqueue_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -117,8 +117,8 @@ def test_key_queue_keeps_its_mirror_in_step(backend):
 
 def test_opcheck_and_compile(backend):
     queue, ptr, keys = torch.zeros(10, 4), torch.tensor([8]), torch.randn(5, 4)
-    torch.library.opcheck(ops._enqueue_, (queue, ptr, keys, None))
-    torch.library.opcheck(ops._enqueue_, (queue, ptr, keys, queue.half()))
+    torch.library.opcheck(_enqueue_, (queue, ptr, keys, None))
+    torch.library.opcheck(_enqueue_, (queue, ptr, keys, queue.half()))
     want, want_ptr = queue.clone(), ptr.clone()
     moco_fast.enqueue_(want, want_ptr, keys)
     torch.compile(moco_fast.enqueue_, fullgraph=True)(queue, ptr, keys)
