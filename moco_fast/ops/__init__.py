@@ -6,6 +6,6 @@ declares what it writes.
 
 from moco_fast.ops.ema_update import ema_update_
 from moco_fast.ops.losses import InfoNCEStats, contrast, info_nce, nt_xent
-from moco_fast.ops.rows import enqueue_
+from moco_fast.ops.rows import enqueue_, take_rows
 
-__all__ = ["InfoNCEStats", "contrast", "ema_update_", "enqueue_", "info_nce", "nt_xent"]
+__all__ = ["InfoNCEStats", "contrast", "ema_update_", "enqueue_", "info_nce", "nt_xent", "take_rows"]
