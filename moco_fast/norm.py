@@ -76,6 +76,18 @@ class SplitBatchNorm(_BatchNorm):
             self.num_batches_tracked += 1
 
 
+def sees_neighbours(module: nn.Module) -> bool:
+    """Whether features of a sample depend, through batch norm, on which samples share its process.
+
+    Not if there is no batch norm, and not if all of it is synchronised over all processes.
+    """
+    return any(
+        getattr(m, "running_mean", None) is not None or "batchnorm" in type(m).__name__.lower()
+        for m in module.modules()
+        if not isinstance(m, nn.SyncBatchNorm)
+    )
+
+
 def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:
     """Replace every batch norm in ``module`` by a :class:`SplitBatchNorm` of the same parameters."""
     replaced: dict[nn.Module, nn.Module] = {}  # a module used under two names stays one module

@@ -1,0 +1,41 @@
+"""Collectives of the default process group, which are the identity without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Processes in the default group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process in the default group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_gather_rows(
+    x: Tensor,  # (N, ...), the same N on every rank
+) -> Tensor:
+    """Rows of all ranks in rank order, (W * N, ...), without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    return out
+
+
+def broadcast_(*tensors: Tensor) -> None:
+    """Overwrite the tensors with those of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this rank holds of DTensors, as FSDP2 makes of parameters; other tensors as they are."""
+    return [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in tensors]
