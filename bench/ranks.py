@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         for world in track(worlds, "processes", console=console, disable=not console.is_terminal)
     }
     console.print(
-        f"{about['processor']}, {os.cpu_count()} cores for all processes; torch {about['torch']}; a process has "
+        f"{about['processor']}, {os.cpu_count()} cores in all; torch {about['torch']}; a process has "
         f"{BATCH} images {CHANNELS}x{PIXELS}x{PIXELS} in fp32, K={slots}, C={DIM}; what arrives at a rank in "
         "a step, without gradients",
         highlight=False,
