@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from moco_fast import checks
+from moco_fast import checks, distributed
 
 
 class SplitBatchNorm(_BatchNorm):
@@ -74,6 +74,13 @@ class SplitBatchNorm(_BatchNorm):
             self.running_mean.copy_(torch.stack(means).mean(0))
             self.running_var.copy_(torch.stack(variances).mean(0))
             self.num_batches_tracked += 1
+
+
+def average_statistics_(module: nn.Module) -> None:
+    """Make the running statistics of every batch norm the mean over ranks: what SplitBatchNorm keeps."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    statistics = [value for m in norms for value in (m.running_mean, m.running_var) if value is not None]
+    distributed.average_(*statistics)
 
 
 def sees_neighbours(module: nn.Module) -> bool:

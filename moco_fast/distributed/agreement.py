@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast.distributed.collectives import rank, world_size
+
+T = TypeVar("T")
 
 _control: dict[object, dist.ProcessGroup] = {}  # by default group: one per life of the process group
 
@@ -59,9 +62,7 @@ def check_agreement(
         digest = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=7).digest(), "big")
         most, least = largest(digest, -digest)
         if most != -least:
-            given: list = [None] * world_size()
-            dist.all_gather_object(given, (described, dict(facts)), group=_control_group())
-            raise Disagreement(_differences(given))
+            raise Disagreement(_differences(from_all((described, dict(facts)))))
     if problem:
         raise problem
 
@@ -77,10 +78,25 @@ def check_equal(
     """
     if world_size() == 1:
         return
-    values = [0] * world_size()
-    dist.all_gather_object(values, int(value), group=_control_group())
+    values = from_all(int(value))
     if different := [i for i, other in enumerate(values) if other != values[0]]:
         raise Disagreement(f"{name} differs between ranks: not that of rank 0 on {_ranks(different)}")
+
+
+def from_rank_0(value: T) -> T:
+    """What rank 0 passed, on every rank; anything that can be pickled."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0, group=_control_group())
+    return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """What every rank passed, by rank, on every rank; anything that can be pickled."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value, group=_control_group())
+    return values
 
 
 def _differences(given: list[tuple[str | None, dict[str, object]]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -34,6 +35,17 @@ def broadcast_(*tensors: Tensor) -> None:
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def average_(*tensors: Tensor) -> None:
+    """Overwrite floating-point tensors with their means over ranks, in one collective."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.detach().copy_(part.view_as(tensor))
 
 
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:

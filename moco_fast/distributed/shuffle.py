@@ -99,7 +99,7 @@ class BatchShuffle:
     """Permutations that are the same on every rank.
 
     Attributes:
-        generator: what draws them; None before the first. Its state belongs into a checkpoint.
+        generator: what draws them; None before the first.
     """
 
     def __init__(self) -> None:
@@ -111,6 +111,15 @@ class BatchShuffle:
         seed = torch.tensor([torch.initial_seed() % 2**63], device=device)
         broadcast_(seed)
         self.generator = torch.Generator().manual_seed(int(seed))
+
+    def state(self) -> Tensor | None:
+        """The generator's state, for a checkpoint; None before the first permutation."""
+        return None if self.generator is None else self.generator.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        """Go on where :meth:`state` was taken."""
+        self.generator = torch.Generator()
+        self.generator.set_state(state)
 
     def plan(
         self,

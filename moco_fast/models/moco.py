@@ -46,7 +46,7 @@ class MoCo(KeyQueue):
     Attributes:
         accumulation_steps: forward passes per optimizer step, 1 unless set. The key encoder is updated before
             the first of them, and all their keys are enqueued after the last.
-        shuffle: draws the batch shuffle; the state of its ``generator`` belongs into a checkpoint.
+        shuffle: draws the batch shuffle; a checkpoint from which losses shall repeat holds its ``state()``.
 
     Raises:
         TypeError, ValueError: an argument out of range, named.
