@@ -1,4 +1,4 @@
-"""The trainer over several processes, started by torchrun: the run of one process, whoever dies on the way."""
+"""The trainer over several processes, started by torchrun: the run of one, whoever dies on the way."""
 
 import json
 import os

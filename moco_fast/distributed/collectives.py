@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -48,6 +51,6 @@ def average_(*tensors: Tensor) -> None:
         tensor.detach().copy_(part.view_as(tensor))
 
 
-def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this rank holds of DTensors, as FSDP2 makes of parameters; other tensors as they are."""
-    return [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in tensors]
+def local_shards(tensors: Iterable[T]) -> list[T]:
+    """What this rank holds of DTensors, as FSDP2 makes of parameters; anything else as it is."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]

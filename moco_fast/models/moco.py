@@ -280,6 +280,15 @@ class MoCo(KeyQueue):
             raise ValueError(f"the batch must hold 1 to K={self.K} images, got {enqueued}")
         if not self.training:
             return
+        if (
+            hasattr(self, "unshard")
+            and not self.ema_in_step
+            and not all(hasattr(p, "to_local") for p in self.parameters())
+        ):  # of FSDP2, which has gathered the parameters by now and drops what is written to them
+            raise RuntimeError(
+                "fully_shard(model) needs fully_shard(model.encoder_q) and fully_shard(model.encoder_k) "
+                "before it, so that the key encoder's shards can be updated"
+            )
         if im_q.shape[0] % self.bn_splits:
             raise ValueError(f"bn_splits={self.bn_splits} must divide the batch, got {im_q.shape[0]} samples")
         if self.bn_splits > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.encoder_k.modules()):
