@@ -28,7 +28,7 @@ gradient, and R M exponentials.
 Rows are of unit norm, so -1/T <= s <= 1/T and a constant shift replaces the
 running maximum where exponentials of that range fit (``FIXED_SHIFT_FROM``).
 
-Kernels: pairs_kernels.py.  Tests: tests/test_nt_xent.py, tests/test_contrast.py.
+Kernels: pairs_kernels.py.  Tests: tests/test_pairs.py, test_nt_xent.py, test_contrast.py.
 """
 
 from __future__ import annotations
@@ -38,30 +38,32 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moco_fast.kernels import pairs_kernels
 from moco_fast.kernels.common import (
     FIXED_SHIFT_FROM,
     LOG2E,
     finishing_blocks,
+    has_tma,
     multiprocessors,
     operand_dtype,
     padded_features,
+    row_blocks,
     shares_of,
 )
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (pass, padded C); "split" is precision
-# "highest". Not measured on a GPU yet: chosen so that on sm_90 nothing spills and no wgmma waits for another,
-# which none of the tiles tried achieves for the gradient of split operands of 512 features.
+# "highest". Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another
+# (tests/test_aot.py). Only the gradient of split operands of 512 features spills whatever the tiles: least so
+# where they are too small for wgmma.
 TILES = {
     ("sums", 32): (128, 128, 8, 4, 2),
     ("sums", 64): (128, 128, 8, 4, 2),
     ("sums", 128): (128, 128, 8, 3, 1),
     ("sums", 256): (128, 64, 8, 3, 1),
     ("sums", 512): (64, 64, 4, 2, 1),
-    ("gradient", 32): (128, 64, 8, 4, 2),
-    ("gradient", 64): (128, 64, 8, 3, 2),
+    ("gradient", 32): (128, 64, 8, 3, 2),
+    ("gradient", 64): (128, 32, 8, 4, 2),
     ("gradient", 128): (128, 64, 8, 3, 1),
     ("gradient", 256): (64, 64, 8, 2, 1),
     ("gradient", 512): (64, 16, 8, 2, 1),
@@ -74,13 +76,32 @@ TILES = {
     ("split gradient", 64): (128, 64, 8, 3, 1),
     ("split gradient", 128): (128, 64, 8, 2, 1),
     ("split gradient", 256): (64, 16, 4, 2, 1),
-    ("split gradient", 512): (64, 16, 4, 1, 1),
+    ("split gradient", 512): (16, 16, 8, 2, 1),
+}
+# Before sm_90 the operands of every product pass through registers, and some GPUs have 99 KB for all tiles.
+OLDER_TILES = {
+    ("sums", 32): (128, 128, 8, 4, 1),
+    ("sums", 64): (128, 128, 8, 4, 1),
+    ("sums", 256): (128, 64, 8, 2, 1),
+    ("sums", 512): (64, 32, 8, 2, 1),
+    ("gradient", 32): (128, 32, 8, 4, 2),
+    ("gradient", 64): (128, 64, 8, 3, 1),
+    ("split sums", 32): (128, 128, 8, 4, 1),
+    ("split sums", 128): (128, 64, 8, 2, 1),
+    ("split sums", 256): (32, 64, 8, 2, 1),
+    ("split sums", 512): (16, 32, 8, 2, 1),
+    ("split gradient", 32): (128, 32, 8, 3, 1),
+    ("split gradient", 128): (128, 16, 8, 3, 1),
+    ("split gradient", 256): (32, 32, 8, 2, 1),
 }
 PADDING = 128  # a multiple of every block of rows or columns
 
 # Exponentials are operands too, scaled by a power of two so that fp16 does not lose the small ones: before
 # that they are up to 1 in the first pass, up to 2 in the second.
 OFFSET = {torch.float16: (15.0, 14.0), torch.bfloat16: (0.0, 0.0)}
+
+
+Tiles = tuple[int, int, int, int, int]
 
 
 class Operand(NamedTuple):
@@ -107,6 +128,11 @@ class Losses(NamedTuple):
     log2_sum: Tensor  # (D, R) fp32: the log-sum-exp, positive included, in base 2
     miss: Tensor  # (D, R) fp32: 1 - p of the positive
     dx: Tensor  # (D, R, C) fp32, or empty
+
+
+def tiles_for(kind: str, block_c: int, tma: bool) -> Tiles:
+    """The entry of the tables for a pass over rows padded to block_c features."""
+    return TILES[kind, block_c] if tma else (TILES | OLDER_TILES)[kind, block_c]
 
 
 def operand(
@@ -155,7 +181,8 @@ def sweep(
 
     block_c = padded_features(features)
     kind = ("split " if split else "") + ("gradient" if gradient else "sums")
-    block_m, block_n, warps, stages, per_sm = TILES[kind, block_c]
+    tma, width = has_tma(device), x.high.shape[1]
+    block_m, block_n, warps, stages, per_sm = tiles_for(kind, block_c, tma)
     blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     kept = features if gradient else 1
     shares = shares_of(problems * rows, kept, problems * blocks, tiles, per_sm * multiprocessors(device))
@@ -166,15 +193,13 @@ def sweep(
     sums = totals
     if gradient:
         sums = torch.empty((shares, problems, rows, features), device=device, dtype=torch.float32)
-    x_block, y_block = [block_m, block_c], [block_n, block_c]
     pairs_kernels.sweep[(blocks, shares, problems)](
-        TensorDescriptor.from_tensor(x.high, x_block), TensorDescriptor.from_tensor(x.low, x_block),
-        TensorDescriptor.from_tensor(y.high, y_block), TensorDescriptor.from_tensor(y.low, y_block),
+        *row_blocks((x.high, x.low, y.high, y.low), (block_m, block_m, block_n, block_n), block_c, tma),
         totals if x_log2_sum is None else x_log2_sum, totals if y_log2_sum is None else y_log2_sum,
         sums, totals[0], totals[1],
         rows, columns, features, x.padded, y.padded, first, tiles_per_share, scale,
         scale - offset if in_operands else 0.0,
-        OFFSET=offset, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+        WIDTH=width, TMA=tma, OFFSET=offset, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         SECOND=second, PAIRED=paired, BOUNDED=bounded, SPLIT=split, GRADIENT=gradient,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -183,11 +208,11 @@ def sweep(
 
 def losses(
     x: Tensor,  # (D, R, C) raw, contiguous
-    y: Tensor,  # (D, Y, C) raw, contiguous: the columns; if paired, x
+    y: Tensor,  # (D, Y, C) raw, contiguous: the columns
     part: Partial,  # of the first pass
     temperature: float,
     *,
-    first: int,  # row in y of the positive of row 0; 0 if paired
+    first: int,  # see sweep()
     paired: bool,
     gradient: bool,
 ) -> Losses:
@@ -208,12 +233,12 @@ def losses(
 
 def gradients(
     x: Tensor,  # (D, R, C) raw, contiguous
-    y: Tensor,  # (D, Y, C) raw, contiguous: the columns; if paired, x
+    y: Tensor,  # (D, Y, C) raw, contiguous: the columns
     part: Partial,  # of the second pass
     miss: Tensor,  # (D, Y)
     temperature: float,
     *,
-    first: int,  # row in y of the positive of row 0, if it has one; 0 if paired
+    first: int,  # see sweep(); below 0 the first rows have no positive
     paired: bool,
 ) -> Tensor:
     """Close the second pass: the gradient of the sum of all losses to x, (D, R, C) fp32."""

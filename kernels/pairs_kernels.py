@@ -9,6 +9,7 @@ from moco_fast.kernels.common import (
     add_shares,
     cross_entropy,
     exp2_scaled,
+    load_rows,
     product,
     row_norms,
     store_operand,
@@ -47,12 +48,13 @@ def _partner(
 
 @triton.jit
 def sweep(
-    x_desc, x_low_desc,  # (D * X_PADDED, WIDTH) operands
-    y_desc, y_low_desc,  # (D * Y_PADDED, WIDTH)
+    x_high, x_rest,  # (D * X_PADDED, WIDTH) operands, see load_rows(); x_rest and y_rest if SPLIT
+    y_high, y_rest,  # (D * Y_PADDED, WIDTH)
     x_log2_sum, y_log2_sum,  # (D, R), (D, M) fp32, if SECOND; x only if PAIRED too
     sums,  # (SHARES, D, R, C) fp32, if GRADIENT
     totals, shifts,  # (SHARES, D, R) fp32, unless SECOND
     R, M, C, X_PADDED, Y_PADDED, first, tiles_per_share, scale, fixed_shift,
+    WIDTH: tl.constexpr, TMA: tl.constexpr,
     OFFSET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     SECOND: tl.constexpr, PAIRED: tl.constexpr, BOUNDED: tl.constexpr, SPLIT: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -63,8 +65,9 @@ def sweep(
     start = block * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
     positive = _partner(row, first, R, PAIRED)
-    x = x_desc.load([problem * X_PADDED + start, 0])
-    x_low = x_low_desc.load([problem * X_PADDED + start, 0]) if SPLIT else x
+    x_first, x_end = problem * X_PADDED + start, (problem + 1) * X_PADDED
+    x = load_rows(x_high, x_first, x_end, WIDTH, BLOCK_M, BLOCK_C, TMA)
+    x_low = load_rows(x_rest, x_first, x_end, WIDTH, BLOCK_M, BLOCK_C, TMA) if SPLIT else x
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -79,8 +82,9 @@ def sweep(
 
     for tile in range(first_tile, last_tile):
         column = tile * BLOCK_N
-        y = y_desc.load([problem * Y_PADDED + column, 0])
-        y_low = y_low_desc.load([problem * Y_PADDED + column, 0]) if SPLIT else y
+        y_first, y_end = problem * Y_PADDED + column, (problem + 1) * Y_PADDED
+        y = load_rows(y_high, y_first, y_end, WIDTH, BLOCK_N, BLOCK_C, TMA)
+        y_low = load_rows(y_rest, y_first, y_end, WIDTH, BLOCK_N, BLOCK_C, TMA) if SPLIT else y
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         s = product(x, x_low, tl.trans(y), tl.trans(y_low), s, SPLIT, SPLIT)
         col = column + tl.arange(0, BLOCK_N)
@@ -193,7 +197,7 @@ def gradients(
     x_hat, y_hat = unit_rows(x_row, size), unit_rows(y_row, row_norms(y_row))
     missed = tl.load(miss + partner, mask=has_partner, other=0)
     if PAIRED:
-        missed += tl.load(miss + at, mask=valid, other=0)
+        missed += tl.load(miss + problem * Y + first + row, mask=valid, other=0)
     total = add_shares(sums, sums, missed, at, inside, n, C, SHARES, CHUNK, SHIFTED=False)
     d_hat = (total * factor - missed[:, None] * y_hat) * inverse_t
     tl.store(dx + to, through_norm(d_hat, x_hat, size), mask=inside)
