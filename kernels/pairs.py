@@ -33,6 +33,8 @@ Kernels: pairs_kernels.py.  Tests: tests/test_pairs.py, test_nt_xent.py, test_co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -169,8 +171,9 @@ def sweep(
     gradient: bool,
     x_log2_sum: Tensor | None = None,  # (D, R), second pass of paired rows
     y_log2_sum: Tensor | None = None,  # (D, M), makes it the second pass
+    tiles: Tiles | None = None,
 ) -> Partial:
-    """One pass over all columns."""
+    """One pass over all columns; ``tiles`` in place of the tables' entry."""
     second, split = y_log2_sum is not None, x.low is not x.high
     dtype, device = x.high.dtype, x.high.device
     scale = LOG2E / temperature
@@ -182,7 +185,7 @@ def sweep(
     block_c = padded_features(features)
     kind = ("split " if split else "") + ("gradient" if gradient else "sums")
     tma, width = has_tma(device), x.high.shape[1]
-    block_m, block_n, warps, stages, per_sm = tiles_for(kind, block_c, tma)
+    block_m, block_n, warps, stages, per_sm = tiles or tiles_for(kind, block_c, tma)
     blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     kept = features if gradient else 1
     shares = shares_of(problems * rows, kept, problems * blocks, tiles, per_sm * multiprocessors(device))
@@ -252,3 +255,45 @@ def gradients(
         PAIRED=paired, enable_fp_fusion=True,
     )  # fmt: skip
     return dx
+
+
+def _fits(key: tuple[str, int], tiles: Tiles) -> bool:
+    """Whether registers and shared memory of an H200 hold the tiles, with 60 registers for all else."""
+    (kind, features), (block_m, block_n, warps, stages, per_sm) = key, tiles
+    copies, kept = 2 if "split" in kind else 1, features if "gradient" in kind else 0
+    shared = (block_m + stages * block_n) * features * 2 * copies
+    registers = block_m * (kept + block_n) / (32 * warps) + 60
+    return shared * per_sm <= 227 * 1024 and registers <= 255 and registers * 32 * warps * per_sm <= 65536
+
+
+CANDIDATES = {
+    key: [
+        tiles
+        for tiles in product(
+            (16, 32) if key == ("split gradient", 512) else (64, 128),
+            (16, 32, 64) if key[1] >= 256 else (32, 64) if "gradient" in key[0] else (64, 128),
+            (4, 8),
+            (2, 3) if key[1] >= 128 else (3, 4),
+            (1, 2, 3),
+        )
+        if _fits(key, tiles)
+    ]
+    for key in TILES
+}
+
+
+def tune_case(
+    key: tuple[str, int], rows: int = 8192, device: str = "cuda"
+) -> Callable[[Tiles], Callable[[], Partial]]:
+    """What bench/tune.py times: the pass as nt_xent makes it over two views of 4096 images."""
+    kind, features = key
+    x = operand(torch.randn(1, rows, features, device=device), "highest" if "split" in kind else "high")
+    log2_sum = torch.full((1, rows), 20.0, device=device) if "gradient" in kind else None
+
+    def make(tiles: Tiles) -> Callable[[], Partial]:
+        return lambda: sweep(
+            x, x, 1, rows, rows, features, 0.1, first=0, paired=True, gradient="gradient" in kind,
+            x_log2_sum=log2_sum, y_log2_sum=log2_sum, tiles=tiles,
+        )  # fmt: skip
+
+    return make

@@ -188,7 +188,7 @@ def ema(size):
 
 def write(capability):
     """``enqueue._write`` at the headline width."""
-    elements, warps = enqueue.TILES["elements"], enqueue.TILES["warps"]
+    elements, warps = enqueue.TILES["rows"]
     types = {"queue": "*fp32", "mirror": "*fp16", "ptr": "*i64", "keys": "*fp32"}
     types |= dict.fromkeys(("N", "K", "C"), "i32")
     constants = {"HAS_MIRROR": True, "BLOCK_R": elements // 128, "BLOCK_C": 128}
