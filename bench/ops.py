@@ -1,10 +1,18 @@
 """What is measured: module by name; each offers ``cases(quick, device)``."""
 
-from bench import bench_ema_update, bench_enqueue, bench_fused_step, bench_info_nce, bench_nt_xent
+from bench import (
+    bench_contrast,
+    bench_ema_update,
+    bench_enqueue,
+    bench_fused_step,
+    bench_info_nce,
+    bench_nt_xent,
+)
 
 OPS = {
     "info_nce": bench_info_nce,
     "nt_xent": bench_nt_xent,
+    "contrast": bench_contrast,
     "ema_update_": bench_ema_update,
     "fused step": bench_fused_step,
     "enqueue_": bench_enqueue,

@@ -10,10 +10,10 @@ are the rows themselves (PAIRED, see below). With L_i the log-sum-exp of row i::
                   g_i = sum_j (exp(s_ij - L_i) + exp(s_ij - L_j)) y_j       if PAIRED
 
 The second pass is the gradient to rows that were the columns of a first pass:
-no atomics, and across ranks only L, not gradients, would have to travel. The
-positive is left out of every sum; ``losses`` and ``gradients`` add its part,
-computed in fp32 from the raw rows: ``1 - p`` of the positive is l / (l + e),
-never a subtraction.
+no atomics, and across ranks two numbers a row would have to travel, not
+gradients. The positive is left out of every sum; ``losses`` and ``gradients``
+add its part, computed in fp32 from the raw rows: ``1 - p`` of the positive is l
+/ (l + e), never a subtraction.
 
 The positive of row i is column ``first + i``. PAIRED rows are two views of R / 2
 images one after the other, and are columns ``first`` to ``first + R`` of Y: the
