@@ -165,6 +165,8 @@ def pairs_cases():
         for split in (False, True):
             tiles = pairs.TILES["split " * split + ("gradient" if gradient else "sums"), 128]
             for bounded in (True, False):
+                if name == "contrast dk" and not bounded:
+                    continue  # given the log-sum-exps of the columns alone, there is no maximum
                 label = f"{name}{', highest' * split}{', running maximum' * (not bounded)}"
                 yield label, partial(pairs_sweep, tiles, 128, HOPPER, name, bounded=bounded, split=split)
     medium = partial(pairs_sweep, operand="bf16")
