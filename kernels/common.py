@@ -38,7 +38,10 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def has_tma(device: torch.device) -> bool:
-    """Whether blocks are loaded through descriptors: by Hopper's copy engine, or the interpreter."""
+    """Whether blocks are loaded through descriptors: by Hopper's copy engine, or the interpreter.
+
+    Older GPUs get pointers: Triton turns a descriptor into loads of 2 bytes there, which products wait for.
+    """
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
