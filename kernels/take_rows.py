@@ -60,6 +60,41 @@ def take_rows(
     return out
 
 
+@triton.jit
+def _take_rows_of_peers(
+    peers,  # (W,) int64: where every peer's rows begin
+    index,  # (M,) int64, into the rows of all peers
+    out,  # (M, WIDTH) words
+    rows, width,
+    BLOCK: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index + row)
+    x = tl.load(peers + source // rows).to(tl.pointer_type(WORD))
+    word = tl.load(x + (source % rows) * width + col, mask=col < width)
+    tl.store(out + row * width + col, word, mask=col < width)
+
+
+def take_rows_of_peers(
+    peers: Tensor,  # (W,) int64 addresses of (R, ...) such as out, readable from its device
+    index: Tensor,  # (M,)
+    rows: int,  # R
+    out: Tensor,  # (M, ...), contiguous or channels_last
+) -> None:
+    """``out_i <- x[index_i]`` for x the rows of all peers, one after the other, wherever they lie."""
+    taken = reference.flat_rows(out)
+    size = taken.shape[1] * out.element_size()
+    word = 8 if size % 8 == 0 else 1  # peers' memory begins on 8 bytes
+    width = size // word
+    words, warps = TILES["rows"]
+    block = min(words, triton.next_power_of_2(width))
+    _take_rows_of_peers[(len(index), triton.cdiv(width, block))](
+        peers, index.contiguous(), taken.view(WORDS[word]), rows, width,
+        BLOCK=block, WORD=tl.int64 if word == 8 else tl.uint8, num_warps=warps,
+    )  # fmt: skip
+
+
 CANDIDATES = {"rows": [(words, warps) for words in (256, 512, 1024, 2048, 4096) for warps in (1, 2, 4, 8)]}
 
 

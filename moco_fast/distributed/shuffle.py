@@ -27,8 +27,9 @@ from torch import Tensor
 
 from moco_fast import checks, ops, reference
 from moco_fast.distributed.collectives import all_gather_rows, broadcast_, rank, world_size
+from moco_fast.distributed.peers import memory_if_faster
 
-SCHEMES = ("all_to_all", "all_gather")
+SCHEMES = ("all_to_all", "all_gather", "auto")
 
 _chosen: ContextVar[str | None] = ContextVar("moco_fast_shuffle", default=None)
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -39,7 +40,8 @@ def use_scheme(name: str) -> Iterator[None]:
     """Exchange images by another scheme in the block; MOCO_FAST_SHUFFLE does so for a whole run.
 
     Args:
-        name: "all_to_all", or "all_gather", all images to all ranks: the official code's, for comparison.
+        name: "all_to_all"; "all_gather", all images to all ranks: the official code's, for comparison; or
+            "auto", one-sided reads between GPUs where they work and are faster, see ``peers``.
 
     Raises:
         ValueError: unknown name.
@@ -157,7 +159,8 @@ class Exchange:
     """
 
     def __init__(self, images: Tensor, plan: Plan) -> None:
-        self.plan, self._work = plan, None
+        self.plan = plan
+        self._work: dist.Work | None = None
         self._stream = _side_stream(images.device)
         if world_size() == 1:
             self._arrived = ops.take_rows(images, plan.order)
@@ -166,19 +169,17 @@ class Exchange:
             self._stream.wait_stream(torch.cuda.current_stream(images.device))
             images.record_stream(self._stream)
         with _on(self._stream):
+            own = slice(rank() * len(images), (rank() + 1) * len(images))
             if scheme() == "all_gather":
-                own = slice(rank() * len(images), (rank() + 1) * len(images))
                 self._arrived = ops.take_rows(all_gather_rows(images), plan.order[own])
                 return
-            packed = ops.take_rows(images, plan.leaving)
-            self._arrived = reference.empty_rows(packed, len(images))
-            self._work = dist.all_to_all_single(
-                reference.flat_rows(self._arrived),
-                reference.flat_rows(packed),
-                plan.received,
-                plan.sent,
-                async_op=True,
-            )
+            memory = None
+            if scheme() == "auto" and images.is_cuda:
+                memory = memory_if_faster(images, plan.order[own], lambda: _send(images, plan)[1].wait())
+            if memory is not None:
+                self._arrived = memory.take(images, plan.order[own])
+                return
+            self._arrived, self._work = _send(images, plan)
 
     def images(self) -> Tensor:
         """The images of this rank's places, (N, ...); waits for them."""
@@ -220,6 +221,17 @@ class Exchange:
         returned = torch.empty_like(keys)
         dist.all_to_all_single(returned, keys.contiguous(), plan.sent, plan.received)
         return ops.take_rows(returned, plan.leaving.argsort())
+
+
+def _send(images: Tensor, plan: Plan) -> tuple[Tensor, dist.Work]:
+    """Start the exchange; returns what arrives, rank by rank, and what to wait for."""
+    packed = ops.take_rows(images, plan.leaving)
+    arrived = reference.empty_rows(packed, len(images))
+    work = dist.all_to_all_single(
+        reference.flat_rows(arrived), reference.flat_rows(packed), plan.received, plan.sent, async_op=True
+    )
+    assert work is not None
+    return arrived, work
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
