@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from moco_fast import checks
     from moco_fast.backends import use_backend
     from moco_fast.models.moco import MoCo
-    from moco_fast.norm import SplitBatchNorm
+    from moco_fast.norm import SplitBatchNorm, split_batch_norm
     from moco_fast.ops import InfoNCEStats, contrast, ema_update_, enqueue_, info_nce, nt_xent
     from moco_fast.optim import LARS, SGD, AdamW
     from moco_fast.queue import KeyQueue
@@ -31,6 +31,7 @@ __all__ = [
     "enqueue_",
     "info_nce",
     "nt_xent",
+    "split_batch_norm",
     "use_backend",
 ]
 
@@ -48,6 +49,7 @@ _HOME = {
     "enqueue_": "ops",
     "info_nce": "ops",
     "nt_xent": "ops",
+    "split_batch_norm": "norm",
     "use_backend": "backends",
 }
 
