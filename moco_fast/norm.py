@@ -25,15 +25,15 @@ def split_batch_norm(
     section 3.3.
 
     Args:
-        x: fp32, bf16, fp16 or float64, contiguous or channels-last; of other strides a contiguous copy is made.
+        x: fp32, bf16, fp16 or float64; contiguous or channels-last, or else a contiguous copy is made.
         weight: float32 or of the dtype of x; None for ones.
         bias: the same; None for zeros.
         splits: S, a divisor of N.
         eps: added to the variance; finite and at least 0.
 
     Returns:
-        y in the dtype and memory format of x; mean (S, C) and var (S, C) in fp32 (float64 for float64 inputs),
-        without gradient. y can be differentiated once; a second derivative raises.
+        y in the dtype and memory format of x, and without gradient mean (S, C) and var (S, C) in fp32
+        (float64 for float64 inputs). y can be differentiated once; a second derivative raises.
 
     Raises:
         TypeError: not a floating-point tensor, weight or bias of another dtype.
@@ -82,6 +82,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, *_):
+    if dy is None:
+        return None, None, None, None, None
     x, weight, mean, var = ctx.saved_tensors
     dx, dw, db = _split_batch_norm_backward(dy, x, weight, mean, var, ctx.eps)
     dw = None if weight is None else dw.to(weight.dtype)
