@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moco_fast.kernels import ema_update, enqueue, info_nce
+from moco_fast.kernels import ema_update, enqueue, info_nce, split_batch_norm
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HOPPER, AMPERE = 90, 80
@@ -25,20 +25,21 @@ def tool(name, *arguments):
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compiled(kernel, types, constants, warps, stages, capability):
+def compiled(kernel, types, constants, warps, stages, capability, multiples=()):
     """Registers, local memory, shared memory and instructions of one kernel.
 
     Args:
         types: Triton type by argument; pointers count as 16-byte aligned, as torch allocates.
         constants: value by constexpr argument.
+        multiples: integers that count as multiples of 16.
     """
     names = kernel.arg_names
-    pointers = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in multiples]
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={name: constants[name] for name in names if name in constants},
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -141,7 +142,43 @@ def enqueue_cases():
         )
 
 
-CASES = {"info_nce": info_nce_cases, "ema_update": ema_update_cases, "enqueue": enqueue_cases}
+def split_batch_norm_cases():
+    """All four kernels in both layouts, bf16 with fp32 weights; also sizes of 1, which become constants."""
+    kernels = {name: getattr(split_batch_norm, f"_{name}") for name in ("statistics", "normalise", "sums")}
+    kernels["gradient"] = split_batch_norm._gradient
+    types = dict.fromkeys(("x", "y", "dy", "dx"), "*bf16") | {"eps": "fp32"}
+    types |= dict.fromkeys(("weight", "bias", "found", "means", "variances", "dw", "db"), "*fp32")
+    types |= dict.fromkeys(("R", "C", "L", "ALONG", "steps", "shares"), "i32")
+    for layout, (elements, columns, warps, _) in split_batch_norm.TILES.items():
+        for rows in ("many", "one"):
+            known = {"L": 1, "ALONG": 1} if layout == "together" else {}
+            known |= {"R": 1, "steps": 1, "shares": 1} if rows == "one" else {}
+            constants = known | {
+                "HAS_WEIGHT": True, "HAS_BIAS": True, "TOGETHER": layout == "together",
+                "CHUNK": split_batch_norm.SHARES, "BLOCK_X": columns,
+                "BLOCK_R": elements // columns if rows == "many" else 1,
+            }  # fmt: skip
+            for name, kernel in kernels.items():
+                for capability in (AMPERE, HOPPER) if rows == "many" else (HOPPER,):
+                    given = {
+                        arg: kind
+                        for arg, kind in types.items()
+                        if arg in kernel.arg_names and arg not in known
+                    }
+                    yield (
+                        f"{name} {layout} {rows} sm_{capability}",
+                        lambda k=kernel, g=given, c=constants, w=warps, cc=capability: compiled(
+                            k, g, c, w, 3, cc, multiples={"C", "L"} & g.keys()
+                        ),
+                    )
+
+
+CASES = {
+    "info_nce": info_nce_cases,
+    "ema_update": ema_update_cases,
+    "enqueue": enqueue_cases,
+    "split_batch_norm": split_batch_norm_cases,
+}
 
 if __name__ == "__main__":
     for op, cases in CASES.items():
