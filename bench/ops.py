@@ -1,6 +1,13 @@
 """What is measured: module by name; each offers ``cases(quick, device)``."""
 
-from bench import bench_ema_update, bench_enqueue, bench_fused_step, bench_info_nce, bench_nt_xent
+from bench import (
+    bench_ema_update,
+    bench_enqueue,
+    bench_fused_step,
+    bench_info_nce,
+    bench_nt_xent,
+    bench_split_batch_norm,
+)
 
 OPS = {
     "info_nce": bench_info_nce,
@@ -8,4 +15,5 @@ OPS = {
     "ema_update_": bench_ema_update,
     "fused step": bench_fused_step,
     "enqueue_": bench_enqueue,
+    "split_batch_norm": bench_split_batch_norm,
 }
