@@ -59,15 +59,27 @@ typedef uint16_t Short __attribute__((vector_size(2 * kLanes)));
 typedef uint16_t ShortU __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
 MOCO_FAST_INLINE Vec load(const bf16_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // which GCC would widen half by half
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return Vec(Bits(_mm256_cvtepu16_epi32(bits)) << 16);
+#else
     const Short bits = *reinterpret_cast<const ShortU*>(p);
     return Vec(__builtin_convertvector(bits, Bits) << 16);
+#endif
 }
 
 MOCO_FAST_INLINE void store(bf16_t* p, Vec v) {
     const Bits u = Bits(v);
     const Bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
     const Bits nan = Bits(v != v);
-    *reinterpret_cast<ShortU*>(p) = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), Short);
+    const Bits chosen = (rounded & ~nan) | (0x7fc0u & nan);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i packed = _mm256_packus_epi32(__m256i(chosen), __m256i(chosen));  // in each half
+    const __m256i joined = _mm256_permute4x64_epi64(packed, 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(joined));
+#else
+    *reinterpret_cast<ShortU*>(p) = __builtin_convertvector(chosen, Short);
+#endif
 }
 
 MOCO_FAST_INLINE Vec load(const f16_t* p) {
