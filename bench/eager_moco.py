@@ -1,12 +1,13 @@
 """A MoCo v1/v2 with the official semantics, written out in plain PyTorch: what moco_fast.MoCo has to equal.
 
-Formulas and order of He et al. 2020, algorithm 1, on one device. The tests
+Formulas and order of He et al. 2020, algorithm 1, on one device or several. The tests
 compare with it, the benchmark of the step times it.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,3 +53,38 @@ class EagerMoCo(nn.Module):
         slots = (start + torch.arange(keys.shape[0], device=keys.device)) % self.K
         self.queue[:, slots] = keys.t().to(self.queue.dtype)
         self.queue_ptr[0] = (start + keys.shape[0]) % self.K
+
+
+class EagerDistributedMoCo(EagerMoCo):
+    """The official shuffle over ranks: all images and all keys are gathered on every rank, keys twice.
+
+    Its queue is an ordinary buffer, which DistributedDataParallel broadcasts before every forward.
+    """
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:
+        q = F.normalize(self.encoder_q(im_q), dim=1)
+        with torch.no_grad():
+            self.update_key_encoder()
+            own = slice(dist.get_rank() * len(im_k), (dist.get_rank() + 1) * len(im_k))
+            images = gathered(im_k)
+            order = self.permutation(len(images)).to(im_k.device)
+            dist.broadcast(order, src=0)
+            shuffled = F.normalize(self.encoder_k(images[order[own]]), dim=1)
+            k = gathered(shuffled)[order.argsort()[own]]
+        positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
+        negative = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
+        logits = torch.cat([positive, negative], dim=1) / self.T
+        labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
+        self.enqueue_(gathered(k))
+        return logits, labels
+
+    def permutation(self, batch: int) -> Tensor:
+        """The order of all ranks' images; rank 0's is used."""
+        return torch.randperm(batch)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)

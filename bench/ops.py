@@ -7,6 +7,7 @@ from bench import (
     bench_info_nce,
     bench_nt_xent,
     bench_split_batch_norm,
+    bench_take_rows,
 )
 
 OPS = {
@@ -16,4 +17,5 @@ OPS = {
     "fused step": bench_fused_step,
     "enqueue_": bench_enqueue,
     "split_batch_norm": bench_split_batch_norm,
+    "take_rows": bench_take_rows,
 }

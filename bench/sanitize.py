@@ -51,7 +51,11 @@ def main() -> None:
             for name in kernels("enqueue_", queue, keys):
                 ptr = torch.tensor([k - 2], device=device)
                 with moco_fast.use_backend(name):
-                    moco_fast.enqueue_(queue, ptr, keys, queue.half())
+                    moco_fast.enqueue_(queue, ptr, keys, queue.half(), torch.arange(len(keys), device=device))
+                calls += 1
+            for name in kernels("take_rows", queue):
+                with moco_fast.use_backend(name):
+                    moco_fast.take_rows(queue, torch.randint(len(queue), (n,), device=device))
                 calls += 1
     for shape in ((6, 37, 5, 7), (260, 70), (4, 3, 33, 40)):
         for dtype in DTYPES:

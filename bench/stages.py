@@ -87,7 +87,8 @@ def watch(model: nn.Module, clock: Clock) -> Iterator[None]:
         )
         for (owner, name), before, after in (
             (updater, "other", "EMA"),
-            ((distributed, "encode_shuffled"), "other", "shuffle"),
+            ((distributed.Exchange, "keys_of_all"), "other", "shuffle"),
+            ((distributed, "Exchange"), "other", "shuffle"),
             ((model, "enqueue_"), "loss", "enqueue"),
         ):
             call = wrapped(getattr(owner, name), before, after)

@@ -19,6 +19,7 @@
 #include "info_nce.h"
 #include "sgd.h"
 #include "split_batch_norm.h"
+#include "take_rows.h"
 #if defined(MOCO_FAST_CUDA)
 #include "device.h"
 #endif
@@ -254,9 +255,13 @@ void adamw_step(const Rows& rows, const PyAdamwStep& numbers, const PyScalar& lr
 }
 
 void enqueue(Address queue, int queue_dtype, int64_t slots, int64_t features, Address ptr, Address keys,
-             int keys_dtype, int64_t n, int threads) {
+             int keys_dtype, int64_t n, Address order, int threads) {
     mf::enqueue({at<void>(queue), dtype(queue_dtype), slots, features, at<int64_t>(ptr), at<void>(keys),
-                 dtype(keys_dtype), n, threads});
+                 dtype(keys_dtype), n, at<int64_t>(order), threads});
+}
+
+void take_rows(Address rows, int64_t bytes, Address index, int64_t count, Address out, int threads) {
+    mf::take_rows({at<char>(rows), bytes, at<int64_t>(index), count, at<char>(out), threads});
 }
 
 // (parts, rows, channels, run) and the dtype of all but the statistics
@@ -373,11 +378,16 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), py::arg("stream"), Release(),
         "AdamW and EMA; rows are (param, grad, exp_avg, exp_avg_sq, key, step), step is (beta1, beta2, eps, "
         "\nweight_decay, maximize).");
-    m.def("enqueue", &enqueue, py::arg("queue"), py::arg("queue_dtype"), py::arg("slots"),
-          py::arg("features"), py::arg("ptr"), py::arg("keys"), py::arg("keys_dtype"), py::arg("n"),
-          py::arg("threads"), Release(),
-          "queue[(ptr + i) % K] <- keys_i / max(|keys_i|, 1e-12); ptr <- (ptr + N) % K. ptr is the address "
-          "of an int64.");
+    m.def("take_rows", &take_rows, py::arg("rows"), py::arg("bytes"), py::arg("index"), py::arg("count"),
+          py::arg("out"), py::arg("threads"), Release(),
+          "out_i <- rows[index_i]; rows of so many bytes, index (count) int64.");
+    m.def(
+        "enqueue", &enqueue, py::arg("queue"), py::arg("queue_dtype"), py::arg("slots"), py::arg("features"),
+        py::arg("ptr"), py::arg("keys"), py::arg("keys_dtype"), py::arg("n"), py::arg("order"),
+        py::arg("threads"), Release(),
+        "queue[(ptr + i) % K] <- keys_i / max(|keys_i|, 1e-12); ptr <- (ptr + N) % K. keys_i is row order[i] "
+        "(0: row i). ptr is the address "
+        "of an int64.");
     m.def("split_batch_norm", &split_batch_norm, py::arg("shape"), py::arg("dtype"), py::arg("x"),
           py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("y"), py::arg("mean"), py::arg("var"),
           py::arg("threads"), Release(),

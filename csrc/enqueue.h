@@ -5,7 +5,8 @@
 // unit key the loss saw, bit for bit. N rows are read and written once; the batch wraps anywhere, for any N
 // <= K.
 //
-// Shapes: queue (K, C) contiguous rows; keys (N, C) contiguous; ptr one int64.
+// Shapes: queue (K, C) contiguous rows; keys (N, C) contiguous; ptr one int64; order (N) int64, the key to
+// write i-th, or null for keys that are in order.
 // Reference: moco_fast/reference.py::enqueue_.  Tests: tests/test_enqueue.py.
 #pragma once
 
@@ -23,6 +24,7 @@ struct Enqueue {
     const void* keys;  // (N, C)
     DType keys_dtype;
     int64_t n;
+    const int64_t* order;  // (N), or null
     int threads;
 };
 

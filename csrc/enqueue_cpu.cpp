@@ -22,8 +22,9 @@ void write_rows(const Enqueue& a) {
     schedule(static) if (a.n * a.features > kParallelValues)
     for (int64_t i = 0; i < a.n; ++i) {
         const int64_t slot = (*a.ptr + i) % a.slots;
+        const int64_t key = a.order ? a.order[i] : i;
         write_row(static_cast<Slot*>(a.queue) + slot * a.features,
-                  static_cast<const Key*>(a.keys) + i * a.features, a.features);
+                  static_cast<const Key*>(a.keys) + key * a.features, a.features);
     }
 }
 

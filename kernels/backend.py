@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moco_fast import reference
 
-OPS = ("info_nce", "nt_xent", "contrast", "ema_update_", "enqueue_", "split_batch_norm")
+OPS = ("info_nce", "nt_xent", "contrast", "ema_update_", "enqueue_", "take_rows", "split_batch_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
 HOLDS_ROWS = ("info_nce", "nt_xent", "contrast")  # ops whose kernels hold whole rows in registers
@@ -53,7 +53,9 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
             return f"it runs on the GPU, the tensors are on {tensor.device}"
         if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < OLDEST:
             return "it needs a GPU of compute capability 8.0 or newer"
-        if tensor.dtype not in DTYPES and not (op == "ema_update_" and tensor.dtype == torch.float64):
+        if op != "take_rows" and not (
+            tensor.dtype in DTYPES or (op == "ema_update_" and tensor.dtype == torch.float64)
+        ):
             return f"it has no {tensor.dtype} kernel"
         if op in HOLDS_ROWS and tensor.shape[-1] > MAX_FEATURES:
             return f"it holds rows of up to {MAX_FEATURES} features in registers, got {tensor.shape[-1]}"
@@ -80,14 +82,24 @@ def ema_update_(
         ema_update_(targets, sources, m, masters)
 
 
-def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None) -> None:
+def enqueue_(
+    queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None, order: Tensor | None = None
+) -> None:
     """See :func:`moco_fast.reference.enqueue_`."""
     from moco_fast.kernels.enqueue import enqueue_
 
     if not queue.is_contiguous() or not (mirror is None or mirror.is_contiguous()):
-        return reference.enqueue_(queue, ptr, keys, mirror)
+        return reference.enqueue_(queue, ptr, keys, mirror, order)
     with _on_device_of(queue):
-        enqueue_(queue, ptr, keys, mirror)
+        enqueue_(queue, ptr, keys, mirror, order)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """See :func:`moco_fast.reference.take_rows`."""
+    from moco_fast.kernels.take_rows import take_rows
+
+    with _on_device_of(x):
+        return take_rows(x, index)
 
 
 def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Enqueue keys: queue[(ptr + i) % K] <- k_i / max(|k_i|, 1e-12), then ptr <- (ptr + N) % K.
 
+With an ``order``, k_i is row order[i] of the keys: what un-shuffles them on the way.
+
 One launch reads the keys and writes normalised rows to the queue and, where
 there is one, to its 16-bit mirror; the pointer stays on the device. A second
 launch moves the pointer, after every program of the first has read it.
@@ -32,13 +34,15 @@ def _write(
     queue, mirror,  # (K, C); mirror if HAS_MIRROR
     ptr,  # (1,) int64
     keys,  # (N, C) raw
+    order,  # (N,) int64, if HAS_ORDER
     N, K, C,
-    HAS_MIRROR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_MIRROR: tl.constexpr, HAS_ORDER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     col = tl.arange(0, BLOCK_C)[None, :]
     inside = (row < N) & (col < C)
-    key = tl.load(keys + row.to(tl.int64) * C + col, mask=inside, other=0).to(tl.float32)
+    source = tl.load(order + row, mask=row < N, other=0) if HAS_ORDER else row.to(tl.int64)
+    key = tl.load(keys + source * C + col, mask=inside, other=0).to(tl.float32)
     unit = unit_rows(key, row_norms(key))
     slot = (_inside(tl.load(ptr), K) + row) % K
     tl.store(queue + slot * C + col, unit.to(queue.dtype.element_ty), mask=inside)
@@ -51,15 +55,18 @@ def _advance(ptr, N, K):
     tl.store(ptr, (_inside(tl.load(ptr), K) + N) % K)
 
 
-def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None) -> None:
+def enqueue_(
+    queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None, order: Tensor | None = None
+) -> None:
     """See :func:`moco_fast.reference.enqueue_`; queue and mirror are contiguous."""
     keys = keys.contiguous()
     count, features = keys.shape
     block_c = triton.next_power_of_2(features)
     block_r = max(1, TILES["elements"] // block_c)
     _write[(triton.cdiv(count, block_r),)](
-        queue, queue if mirror is None else mirror, ptr, keys, count, queue.shape[0], features,
-        HAS_MIRROR=mirror is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=TILES["warps"],
-        enable_fp_fusion=True,
+        queue, queue if mirror is None else mirror, ptr, keys,
+        ptr if order is None else order.contiguous(), count, queue.shape[0], features,
+        HAS_MIRROR=mirror is not None, HAS_ORDER=order is not None, BLOCK_R=block_r, BLOCK_C=block_c,
+        num_warps=TILES["warps"], enable_fp_fusion=True,
     )  # fmt: skip
     _advance[(1,)](ptr, count, queue.shape[0])

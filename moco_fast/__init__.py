@@ -11,8 +11,17 @@ if TYPE_CHECKING:
     from moco_fast import checks
     from moco_fast.backends import use_backend
     from moco_fast.models.moco import MoCo
-    from moco_fast.norm import SplitBatchNorm, split_batch_norm
-    from moco_fast.ops import InfoNCEStats, contrast, ema_update_, enqueue_, info_nce, nt_xent
+    from moco_fast.norm import SplitBatchNorm
+    from moco_fast.ops import (
+        InfoNCEStats,
+        contrast,
+        ema_update_,
+        enqueue_,
+        info_nce,
+        nt_xent,
+        split_batch_norm,
+        take_rows,
+    )
     from moco_fast.optim import LARS, SGD, AdamW
     from moco_fast.queue import KeyQueue
 
@@ -32,6 +41,7 @@ __all__ = [
     "info_nce",
     "nt_xent",
     "split_batch_norm",
+    "take_rows",
     "use_backend",
 ]
 
@@ -49,7 +59,8 @@ _HOME = {
     "enqueue_": "ops",
     "info_nce": "ops",
     "nt_xent": "ops",
-    "split_batch_norm": "norm",
+    "split_batch_norm": "ops",
+    "take_rows": "ops",
     "use_backend": "backends",
 }
 

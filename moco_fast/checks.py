@@ -164,8 +164,8 @@ def contrast(q: object, k: object, labels: object) -> tuple[Tensor, Tensor, int]
 
 
 def enqueue(
-    queue: object, ptr: object, keys: object, mirror: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    queue: object, ptr: object, keys: object, mirror: object, order: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Check the tensors of :func:`moco_fast.enqueue_`."""
     queue = tensor("queue", queue, ndim=2)
     keys = tensor("keys", keys, ndim=2)
@@ -184,8 +184,13 @@ def enqueue(
     same_device("queue", queue, "keys", keys)
     if queue.requires_grad:
         raise ValueError("queue requires grad, but enqueue_ overwrites it in place: pass queue.detach()")
+    if order is not None:
+        order = _index("order", order)
+        if order.shape != keys.shape[:1]:
+            raise ValueError(f"order must number the {keys.shape[0]} keys, got shape {tuple(order.shape)}")
+        same_device("queue", queue, "order", order)
     if mirror is None:
-        return queue, ptr, keys, None
+        return queue, ptr, keys, None, order
     mirror = tensor("mirror", mirror, ndim=2)
     if mirror.shape != queue.shape:
         raise ValueError(
@@ -194,7 +199,18 @@ def enqueue(
     same_device("queue", queue, "mirror", mirror)
     if mirror.requires_grad:
         raise ValueError("mirror requires grad, but enqueue_ overwrites it in place: pass mirror.detach()")
-    return queue, ptr, keys, mirror
+    return queue, ptr, keys, mirror, order
+
+
+def take_rows(x: object, index: object) -> tuple[Tensor, Tensor]:
+    """Check the tensors of :func:`moco_fast.take_rows`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"x must hold at least one row, got shape {tuple(x.shape)}")
+    index = _index("index", index)
+    same_device("x", x, "index", index)
+    return x, index
 
 
 def ema_update(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -305,6 +321,13 @@ def finite(**tensors: Tensor) -> None:
                 f"{name} must be finite, got {int(bad.sum())} non-finite of {value.numel()} values, "
                 f"the first at {first}: {value[first].item()}"
             )
+
+
+def _index(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.ndim != 1:
+        shown = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int64 tensor of one dimension, got {shown}")
+    return value
 
 
 def _not_empty(name: str, value: Tensor) -> None:

@@ -16,12 +16,16 @@ from rich.table import Table
 
 from moco_fast import checks, doctor
 from moco_fast.data.datasets import load_dataset
+from moco_fast.distributed import Disagreement, from_rank_0, rank
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import build_model
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.loop import NonFiniteLossError, pretrain
 from moco_fast.train.presets import PRESETS, preset_for
+from moco_fast.train.processes import PeerFailedError, joined, may_restart, restarted
+
+RUN_ERRORS = (NonFiniteLossError, Disagreement, PeerFailedError)
 
 DESCRIPTION = """MoCo self-supervised pretraining.
 
@@ -30,6 +34,8 @@ examples:
   moco-fast pretrain --preset fashion-mnist-long  the same for longer
   moco-fast pretrain --data photos/ --epochs 50   a directory of images; sub-folders are classes
   moco-fast pretrain --resume runs/NAME           go on where a run stopped
+  torchrun --nproc-per-node 8 -m moco_fast.cli pretrain --preset moco-v2 --data imagenet/
+                                                  the same on eight GPUs; docs/distributed.md
   moco-fast knn runs/NAME                         kNN accuracy of a checkpoint
   moco-fast doctor                                what is installed, built and found
 """
@@ -64,14 +70,22 @@ class Pretrain:
         if preset_for(config.data) == "folder" and folder.is_dir():
             # Absolute, for a resumed run may start in another directory.
             config = replace(config, data=str(folder.resolve()))
-        name = f"{Path(config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        out = self.resume or self.out or Path("runs") / name
-        if self.resume and self.resume.is_file():
-            out = self.resume.parent
+        if may_restart() and not (self.resume or self.out):
+            raise ValueError(
+                "out must be given where torchrun may restart a run, so that it finds its checkpoint"
+            )
+        resume: bool | Literal["auto"] = "auto" if restarted() else self.resume is not None
         console = Console()
-        outcome = pretrain(config, out, resume=self.resume is not None, console=console)
+        with joined(config.device):
+            name = from_rank_0(f"{Path(config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            out = self.resume or self.out or Path("runs") / name
+            if self.resume and self.resume.is_file():
+                out = self.resume.parent
+            outcome, speaks = pretrain(config, out, resume=resume, console=console), rank() == 0
         if outcome.interrupted:
             return 128 + outcome.interrupted  # as a shell reports a process that a signal ended
+        if not speaks:
+            return 0
         if outcome.accuracy:
             console.print(_accuracy_table(outcome.accuracy, config.knn_k))
         console.print(f"Checkpoint and pictures (curves.png, neighbours.png) are in {outcome.folder}")
@@ -153,7 +167,7 @@ def run(argv: Sequence[str]) -> int:
             config=(tyro.conf.FlagConversionOff,),
         )
         return command.run()
-    except (ValueError, TypeError, OSError, ImportError, NonFiniteLossError) as error:
+    except (ValueError, TypeError, OSError, ImportError, *RUN_ERRORS) as error:
         # Faults of input or environment: the message says it all, a traceback would bury it.
         print(f"moco-fast: {error}", file=sys.stderr)
         return 1

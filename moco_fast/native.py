@@ -33,7 +33,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 # Ops over lists of tensors, the optimizers' steps among them: kernels for CPU and GPU, also in float64.
 MULTI_TENSOR = ("ema_update_", "sgd_", "adamw_")
-OPS = ("info_nce", "enqueue_", *MULTI_TENSOR, "split_batch_norm")
+ROWS = ("take_rows",)  # of any dtype: bytes are moved, not numbers
+OPS = ("info_nce", "enqueue_", *ROWS, *MULTI_TENSOR, "split_batch_norm")
 
 # Device types as DLPack numbers them.
 DEVICES = {"cpu": 1, "cuda": 2}
@@ -76,6 +77,8 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
                 return f"it was built without CUDA, the tensors are on {tensor.device}"
         elif kind != "cpu":
             return f"it runs on the CPU, the tensors are on {tensor.device}"
+        if op in ROWS:
+            continue
         if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and op not in MULTI_TENSOR):
             return f"it has no {tensor.dtype} kernel"
     return None
@@ -284,15 +287,29 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None) -> None:
+def enqueue_(
+    queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None, order: Tensor | None = None
+) -> None:
     """See :func:`moco_fast.reference.enqueue_`."""
     if mirror is not None or not queue.is_contiguous():  # on a CPU nothing reads a mirror
-        return reference.enqueue_(queue, ptr, keys, mirror)
+        return reference.enqueue_(queue, ptr, keys, mirror, order)
     keys = keys.contiguous()
+    order = None if order is None else order.contiguous()
     _C.enqueue(
         queue.data_ptr(), DTYPES[queue.dtype], *queue.shape, ptr.data_ptr(),
-        keys.data_ptr(), DTYPES[keys.dtype], keys.shape[0], torch.get_num_threads(),
+        keys.data_ptr(), DTYPES[keys.dtype], keys.shape[0], 0 if order is None else order.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """See :func:`moco_fast.reference.take_rows`."""
+    out, index = reference.empty_rows(x, index.shape[0]), index.contiguous()
+    _C.take_rows(
+        x.data_ptr(), x[0].numel() * x.element_size(), index.data_ptr(), index.shape[0], out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def split_batch_norm(

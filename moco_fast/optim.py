@@ -10,7 +10,8 @@ per parameter group.
     ...                           ema=model.move_ema_into_step(), m=0.999)
 
 Without ``ema`` they are plain optimizers. Arguments and state dicts are those of
-``torch.optim``, whose checkpoints they load and which loads theirs.
+``torch.optim``, whose checkpoints they load and which loads theirs. Of parameters
+sharded by FSDP2 a rank updates its shards.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks, ops, reference
+from moco_fast.distributed import local_shards
 
 
 class _EMAOptimizer(torch.optim.Optimizer):
@@ -46,7 +48,9 @@ class _EMAOptimizer(torch.optim.Optimizer):
         if not isinstance(m, Tensor):
             checks.momentum(m)
         try:
-            checks.ema_update([key for key, _ in pairs], [query for _, query in pairs])
+            checks.ema_update(
+                local_shards(key for key, _ in pairs), local_shards(query for _, query in pairs)
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"ema holds pairs (key, query), its targets and sources: {error}") from None
         for i, (key, query) in enumerate(pairs):
@@ -103,10 +107,12 @@ class _EMAOptimizer(torch.optim.Optimizer):
         left = dict(self._keys)
         for group, params in work:
             keys = [left.pop(param, None) for param in params]
-            torch.autograd.graph.increment_version([*params, *(key for key in keys if key is not None)])
+            torch.autograd.graph.increment_version(
+                local_shards([*params, *(key for key in keys if key is not None)])
+            )
             self._update(group, params, [param.grad for param in params], keys)
         if left:
-            ops.ema_update_(list(left.values()), list(left), self.m)
+            ops.ema_update_(local_shards(left.values()), local_shards(left), self.m)
         return loss
 
     def _update(
@@ -317,6 +323,8 @@ class AdamW(_EMAOptimizer):
             [state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")
         )
         torch._foreach_add_(steps, 1)
+        params, grads, keys = local_shards(params), local_shards(grads), local_shards(keys)
+        averages, squares = local_shards(averages), local_shards(squares)
         torch.autograd.graph.increment_version([*averages, *squares])
         beta1, beta2 = group["betas"]
         numbers = reference.AdamwStep(beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
@@ -334,7 +342,10 @@ def _sgd_step(
     buffer_name: str,
 ) -> None:
     """One call of the backend for the parameters whose buffers hold something, one for the others."""
+    if numbers.trust and any(hasattr(param, "to_local") for param in params):
+        raise RuntimeError("LARS does not support sharded parameters: its norms are those of whole tensors")
     if numbers.momentum == 0:
+        params, grads, keys = local_shards(params), local_shards(grads), local_shards(keys)
         backend = backends.choose("sgd_", params[:1])
         backend.sgd_(params, grads, [None] * len(params), keys, lr, optimizer.m, numbers)
         return
@@ -350,7 +361,9 @@ def _sgd_step(
         if first:
             for i in rows:
                 states[i][buffer_name] = torch.empty_like(params[i], memory_format=torch.preserve_format)
-        buffers = [states[i][buffer_name] for i in rows]
+        buffers = local_shards(states[i][buffer_name] for i in rows)
+        chosen, with_grads = local_shards(chosen), local_shards(with_grads)
+        with_keys = local_shards(with_keys)
         torch.autograd.graph.increment_version(buffers)
         backends.choose("sgd_", chosen[:1]).sgd_(
             chosen, with_grads, buffers, with_keys, lr, optimizer.m, numbers._replace(first=first)

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from moco_fast import backends, checks, ops
 
+_MIX = -0x61C8864680B583EB  # 2^64 over the golden ratio, odd: spreads small integers over 64 bits
+
 
 class KeyQueue(nn.Module):
     """Ring buffer of K unit-norm keys, with the buffers of the official checkpoints.
@@ -67,12 +69,25 @@ class KeyQueue(nn.Module):
     def enqueue_(
         self,
         keys: Tensor,  # (N, dim), raw, N <= K
+        order: Tensor | None = None,  # (N,) int64
     ) -> None:
         """Replace the oldest keys; see :func:`moco_fast.enqueue_`."""
         in_step = self._mirror is not None and self._mirrored == self.queue._version
-        ops.enqueue_(self.rows, self.queue_ptr, keys, self._mirror if in_step else None)
+        ops.enqueue_(self.rows, self.queue_ptr, keys, self._mirror if in_step else None, order)
         if in_step:
             self._mirrored = self.queue._version
+
+    def checksum(self) -> Tensor:
+        """A number, 0-d int64, that another queue or pointer has with a probability of about 2^-64.
+
+        The bits of every value times odd numbers that depend on row and column, summed modulo 2^64: the order
+        of summation does not matter, that of the keys does.
+        """
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        bits = self.rows.contiguous().view(integers[self.queue.itemsize])
+        by_row, by_column = (2 * torch.arange(n, device=bits.device) + 1 for n in bits.shape)
+        words = bits.to(torch.int64) * (by_column * _MIX)
+        return ((words ^ (words >> 29)).sum(dim=1) * by_row).sum() + self.queue_ptr[0] * _MIX
 
     def _forget_mirror(self) -> None:
         self._mirror, self._mirrored = None, -1

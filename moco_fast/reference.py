@@ -204,15 +204,49 @@ def enqueue_(
     ptr: Tensor,  # (1,) int64
     keys: Tensor,  # (N, C), raw, N <= K
     mirror: Tensor | None = None,  # (K, C)
+    order: Tensor | None = None,  # (N,) int64
 ) -> None:
-    """Write the normalised keys to rows ``ptr, ptr + 1, ...`` modulo K and advance ``ptr``."""
+    """Write the normalised keys in ``order`` to rows ``ptr, ptr + 1, ...`` modulo K, advance ``ptr``."""
     slots, count = queue.shape[0], keys.shape[0]
+    if order is not None:
+        keys = keys.index_select(0, order)
     rows, _ = normalise(keys.to(compute_dtype(queue, keys)))
     index = (ptr + torch.arange(count, device=queue.device)) % slots
     queue.index_copy_(0, index, rows.to(queue.dtype))
     if mirror is not None:
         mirror.index_copy_(0, index, rows.to(mirror.dtype))
     ptr.copy_((ptr + count) % slots)
+
+
+def take_rows(
+    x: Tensor,  # (R, ...)
+    index: Tensor,  # (M,) int64
+) -> Tensor:
+    """``x[index]``, (M, ...), in the memory format of ``x``."""
+    out = empty_rows(x, index.shape[0])
+    torch.index_select(flat_rows(x), 0, index, out=flat_rows(out))
+    return out
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether every row of ``x`` is one stretch of memory with the channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.ndim in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.ndim])
+
+
+def flat_rows(
+    x: Tensor,  # (R, ...) contiguous or channels_last
+) -> Tensor:
+    """The rows as they lie in memory, (R, values): a view."""
+    return (x.movedim(1, -1) if is_channels_last(x) else x).view(x.shape[0], x.shape[1:].numel())
+
+
+def empty_rows(x: Tensor, count: int) -> Tensor:
+    """Memory for ``count`` rows such as those of ``x``, in its memory format."""
+    shape = (count, *x.shape[1:])
+    if is_channels_last(x):
+        return x.new_empty((count, *x.shape[2:], x.shape[1])).movedim(-1, 1)
+    return x.new_empty(shape)
 
 
 class SgdStep(NamedTuple):

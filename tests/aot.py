@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moco_fast.kernels import ema_update, enqueue, info_nce, split_batch_norm
+from moco_fast.kernels import ema_update, enqueue, info_nce, split_batch_norm, take_rows
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HOPPER, AMPERE = 90, 80
@@ -132,13 +132,31 @@ def ema_update_cases():
 
 def enqueue_cases():
     """The kernel that writes, at the headline width."""
-    types = {"queue": "*fp32", "mirror": "*fp16", "ptr": "*i64", "keys": "*fp32"}
+    types = {"queue": "*fp32", "mirror": "*fp16", "ptr": "*i64", "keys": "*fp32", "order": "*i64"}
     types |= dict.fromkeys(("N", "K", "C"), "i32")
-    constants = {"HAS_MIRROR": True, "BLOCK_R": enqueue.TILES["elements"] // 128, "BLOCK_C": 128}
+    constants = {
+        "HAS_MIRROR": True,
+        "HAS_ORDER": True,
+        "BLOCK_R": enqueue.TILES["elements"] // 128,
+        "BLOCK_C": 128,
+    }
     for capability in (AMPERE, HOPPER):
         yield (
             f"sm_{capability}",
             lambda c=capability: compiled(enqueue._write, types, constants, enqueue.TILES["warps"], 3, c),
+        )
+
+
+def take_rows_cases():
+    """Words of 8 bytes, of rows that fill whole programs."""
+    types = {"x": "*i64", "index": "*i64", "out": "*i64", "width": "i32"}
+    tiles = take_rows.TILES
+    for capability in (AMPERE, HOPPER):
+        yield (
+            f"sm_{capability}",
+            lambda c=capability: compiled(
+                take_rows._take_rows, types, {"BLOCK": tiles["words"]}, tiles["warps"], 3, c
+            ),
         )
 
 
@@ -177,6 +195,7 @@ CASES = {
     "info_nce": info_nce_cases,
     "ema_update": ema_update_cases,
     "enqueue": enqueue_cases,
+    "take_rows": take_rows_cases,
     "split_batch_norm": split_batch_norm_cases,
 }
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import moco_fast
-from moco_fast import native, ops
+from moco_fast import native
+from moco_fast.ops.ema_update import _ema_update_
 
 OP = "ema_update_"
 SHAPES = [(), (1,), (5,), (37, 3), (64, 3, 7, 7), (257, 129), (0, 4), (70_001,)]
@@ -191,9 +192,9 @@ def test_autograd_notices_the_write(backend):
 
 def test_opcheck_and_compile(backend):
     targets, sources = pairs()
-    torch.library.opcheck(ops._ema_update_, (targets, sources, torch.tensor(0.9, dtype=torch.float64), []))
+    torch.library.opcheck(_ema_update_, (targets, sources, torch.tensor(0.9, dtype=torch.float64), []))
     masters = [t.float() for t in targets]
-    torch.library.opcheck(ops._ema_update_, (targets, sources, torch.tensor(0.9), masters))
+    torch.library.opcheck(_ema_update_, (targets, sources, torch.tensor(0.9), masters))
     want = [t.clone() for t in targets]
     moco_fast.ema_update_(want, sources, 0.9)
 

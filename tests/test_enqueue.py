@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import moco_fast
-from moco_fast import ops
+from moco_fast.ops.rows import _enqueue_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -88,6 +88,21 @@ def test_mirror_holds_the_same_rows(backend):
     assert ptr.item() == 2 and torch.equal(mirror, queue.half()) and queue[3:7].eq(0).all()
 
 
+def test_keys_in_another_order(backend):
+    """What un-shuffles them on the way into the queue and its mirror."""
+    queue, want = torch.zeros(10, 12), torch.zeros(10, 12)
+    mirror = torch.zeros(10, 12, dtype=torch.float16)
+    keys, order = torch.randn(5, 12), torch.tensor([3, 0, 4, 1, 2])
+    ptr, want_ptr = torch.tensor([7]), torch.tensor([7])
+    moco_fast.enqueue_(queue, ptr, keys, mirror, order)
+    moco_fast.enqueue_(want, want_ptr, keys[order])
+    torch.testing.assert_close(queue, want)
+    assert torch.equal(mirror, queue.half()) and torch.equal(ptr, want_ptr)
+    moco_fast.enqueue_(queue, ptr, keys, order=order)
+    moco_fast.enqueue_(want, want_ptr, keys[order])
+    torch.testing.assert_close(queue, want)
+
+
 def test_key_queue_keeps_its_mirror_in_step(backend):
     """What the loss reads is the buffer as it is now, whoever wrote it."""
     queue = moco_fast.KeyQueue(8, 600)
@@ -117,8 +132,8 @@ def test_key_queue_keeps_its_mirror_in_step(backend):
 
 def test_opcheck_and_compile(backend):
     queue, ptr, keys = torch.zeros(10, 4), torch.tensor([8]), torch.randn(5, 4)
-    torch.library.opcheck(ops._enqueue_, (queue, ptr, keys, None))
-    torch.library.opcheck(ops._enqueue_, (queue, ptr, keys, queue.half()))
+    torch.library.opcheck(_enqueue_, (queue, ptr, keys, None, None))
+    torch.library.opcheck(_enqueue_, (queue, ptr, keys, queue.half(), torch.tensor([4, 3, 2, 1, 0])))
     want, want_ptr = queue.clone(), ptr.clone()
     moco_fast.enqueue_(want, want_ptr, keys)
     torch.compile(moco_fast.enqueue_, fullgraph=True)(queue, ptr, keys)
@@ -137,6 +152,9 @@ def test_opcheck_and_compile(backend):
         ({"queue": torch.zeros(10, 4, requires_grad=True)}, ValueError, "queue requires grad"),
         ({"mirror": torch.zeros(9, 4)}, ValueError, r"mirror must have the shape of queue, \(10, 4\)"),
         ({"mirror": torch.zeros(10, 4, dtype=torch.int8)}, TypeError, "mirror must have a floating"),
+        ({"order": torch.zeros(2)}, TypeError, "order must be an int64 tensor of one dimension"),
+        ({"order": torch.tensor([0])}, ValueError, r"order must number the 2 keys, got shape \(1,\)"),
+        ({"order": torch.tensor([0, 2])}, ValueError, r"order must be in \[0, 2\), got 0 to 2"),
         ({"keys": torch.zeros(2, 4, device="meta")}, ValueError, "keys is on meta, but queue is on cpu"),
     ],
 )

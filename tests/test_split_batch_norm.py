@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import moco_fast
 from moco_fast import native, norm
+from moco_fast.ops import batch_norm
 
 OP = "split_batch_norm"
 
@@ -230,12 +231,12 @@ def test_second_derivative_raises(backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_and_compile(backend, layout):
     x, weight, bias, dy = make((4, 3, 2, 3), layout=layout)
-    torch.library.opcheck(norm._split_batch_norm, (x, weight, bias, 2, 1e-5))
-    torch.library.opcheck(norm._split_batch_norm, (x, None, None, 2, 1e-5))
+    torch.library.opcheck(batch_norm._split_batch_norm, (x, weight, bias, 2, 1e-5))
+    torch.library.opcheck(batch_norm._split_batch_norm, (x, None, None, 2, 1e-5))
     _, mean, var = moco_fast.split_batch_norm(x, weight, bias, 2)
     given = (dy, x.detach(), weight.detach(), mean, var, 1e-5)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(norm._split_batch_norm_backward, given, test_utils=checks)
+    torch.library.opcheck(batch_norm._split_batch_norm_backward, given, test_utils=checks)
     got = results(torch.compile(fused(2), fullgraph=True), x, weight, bias, dy)
     for a, b in zip(got, results(fused(2), x, weight, bias, dy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -189,11 +189,11 @@ def test_killed_process_resumes_to_the_same_end(unbroken, tmp_path, number):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_loss_names_the_step_and_keeps_the_checkpoint(unbroken, tmp_path, monkeypatch, bad):
-    loss_of = moco_fast.MoCo.loss
+    forward = moco_fast.MoCo.forward
     calls = []
 
     def poisoned(self, *views, **options):
-        loss, stats = loss_of(self, *views, **options)
+        loss, stats = forward(self, *views, **options)
         calls.append(1)
         return (loss * bad if len(calls) == 5 else loss), stats
 
@@ -201,7 +201,7 @@ def test_non_finite_loss_names_the_step_and_keeps_the_checkpoint(unbroken, tmp_p
         monkeypatch.context() as patch,
         pytest.raises(NonFiniteLossError, match=r"step 5 .*lr too high.*last good"),
     ):
-        patch.setattr(moco_fast.MoCo, "loss", poisoned)
+        patch.setattr(moco_fast.MoCo, "forward", poisoned)
         run(tmp_path / "run", replace(TINY, log_every=4))  # noticed at the record of step 8, named as 5
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == 3
     run(tmp_path / "run", resume=True)

@@ -110,6 +110,7 @@ class TwoCrops:
         images: Tensor,  # (N, C, H, W) uint8, C is 1 or 3
         generator: torch.Generator,  # on the device of images
         aspect: Tensor | None = None,  # (N,) width / height of the originals
+        part: tuple[int, int] = (0, 1),
     ) -> tuple[Tensor, Tensor]:
         """Return ``(view_q, view_k)``, each (N, C, S, S) float32 and normalised.
 
@@ -118,6 +119,8 @@ class TwoCrops:
             generator: source of all randomness; its state determines the views.
             aspect: width / height of the original images where ``images`` were squashed to a common
                 canvas: crops are then drawn in the geometry of the originals. Default: W / H.
+            part: ``images`` are this part of a batch of so many parts of N. Values are drawn for all of
+                it, so generators of one seed on several ranks stay in step, and give the views of one rank.
 
         Raises:
             TypeError, ValueError: ``images`` or ``aspect`` are not as described.
@@ -125,13 +128,20 @@ class TwoCrops:
         _check_images(images, self.mean)
         aspect = _aspect(images, aspect)
         unit = images.float() / 255
-        query, key = (self._view(unit, config, generator, aspect) for config in self.configs)
+        query, key = (self._view(unit, config, generator, aspect, part) for config in self.configs)
         return query, key
 
     def _view(
-        self, unit: Tensor, config: AugmentConfig, generator: torch.Generator, aspect: Tensor
+        self,
+        unit: Tensor,
+        config: AugmentConfig,
+        generator: torch.Generator,
+        aspect: Tensor,
+        part: tuple[int, int],
     ) -> Tensor:
-        draws = torch.rand(len(unit), sum(_DRAWS), generator=generator, device=unit.device)
+        index, parts = part
+        draws = torch.rand(parts * len(unit), sum(_DRAWS), generator=generator, device=unit.device)
+        draws = draws[index * len(unit) : (index + 1) * len(unit)]
         u_crop, u_flip, u_jitter, u_gray, u_blur, u_sigma, u_solarize = draws.split(_DRAWS, dim=1)
         boxes = draw_boxes(u_crop, aspect, config.crop_scale, config.crop_ratio)
         view = resample(unit, boxes, u_flip[:, 0] < config.flip_p, config.image_size)

@@ -6,7 +6,10 @@ Representation Learning", algorithm 1; Chen et al. 2020, "Improved Baselines".
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +17,9 @@ from torch.nn import functional as F
 
 from moco_fast import checks, distributed, ops
 from moco_fast.models import heads
-from moco_fast.norm import split_batchnorm
+from moco_fast.norm import sees_neighbours, split_batchnorm
 from moco_fast.queue import KeyQueue
+from moco_fast.reference import is_channels_last
 
 
 class MoCo(KeyQueue):
@@ -36,6 +40,13 @@ class MoCo(KeyQueue):
         mlp: projection MLP instead of a linear layer (v2).
         bn_splits: batch-norm statistics over this many parts of a shuffled batch, as on that many
             devices; it must divide the batch.
+        queue_sync: "global", the keys of all ranks in one queue that is the same everywhere, or "local", a
+            queue per rank of that rank's keys, which saves the gathering of keys.
+
+    Attributes:
+        accumulation_steps: forward passes per optimizer step, 1 unless set. The key encoder is updated before
+            the first of them, and all their keys are enqueued after the last.
+        shuffle: draws the batch shuffle; a checkpoint from which losses shall repeat holds its ``state()``.
 
     Raises:
         TypeError, ValueError: an argument out of range, named.
@@ -59,6 +70,7 @@ class MoCo(KeyQueue):
         mlp: bool = False,
         *,
         bn_splits: int = 1,
+        queue_sync: str = "global",
     ) -> None:
         if not callable(base_encoder):
             raise TypeError(
@@ -70,6 +82,7 @@ class MoCo(KeyQueue):
         checks.momentum(m)
         checks.temperature(T, name="T")
         checks.count("bn_splits", bn_splits)
+        checks.one_of("queue_sync", queue_sync, ("global", "local"))
 
         # Drawn in the official order (query, key, MLPs, queue): one seed, one initial state.
         encoder_q = base_encoder(num_classes=dim)
@@ -86,7 +99,8 @@ class MoCo(KeyQueue):
         super().__init__(dim, K)
 
         self.K, self.m, self.T = K, m, T
-        self.bn_splits = bn_splits
+        self.bn_splits, self.queue_sync = bn_splits, queue_sync
+        self.accumulation_steps = 1
         self.head = head
         self.ema_in_step = False
         self.encoder_q = split_batchnorm(encoder_q, bn_splits) if bn_splits > 1 else encoder_q
@@ -94,34 +108,54 @@ class MoCo(KeyQueue):
         for param_q, param_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
             param_k.data.copy_(param_q.data)
             param_k.requires_grad = False
-        self._shuffle: torch.Generator | None = None
+        self.shuffle = distributed.BatchShuffle()
+        self._part = 0  # of the forward passes of a step
+        self._waiting: list[Tensor] = []  # keys of the parts so far
+        self._parameter_digest: str | None = None
 
     def forward(
         self,
         im_q: Tensor,  # (N, ...)
         im_k: Tensor,  # (N, ...)
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and labels, as the official model returns them.
+        *,
+        return_loss: bool = False,
+        return_stats: bool = False,
+    ) -> Any:
+        """Logits and labels, as the official model returns them; or the fused loss.
 
         In training mode the key encoder is updated before its keys are
-        computed, and they are enqueued at the end. In eval mode nothing changes.
+        computed, and they are enqueued at the end. In eval mode nothing changes, and nothing is exchanged
+        between ranks.
+
+        Args:
+            im_q: views for the query encoder.
+            im_k: views for the key encoder.
+            return_loss: return what :meth:`loss` returns. A call of the model, unlike one of a method, goes
+                through the wrappers of DistributedDataParallel and FSDP.
+            return_stats: with ``return_loss``, see :meth:`loss`.
 
         Returns:
             logits (N, 1 + K), divided by T, the positive in column 0; labels (N,) int64 zeros.
 
         Raises:
-            ValueError: batches of different size, empty, or larger than K.
+            ValueError: batches of different size, empty, or larger than K; return_stats without return_loss.
+            Disagreement: on every rank, if ranks were given different batches or options.
             RuntimeError: converted to SyncBatchNorm despite ``bn_splits``.
         """
-        q, k, all_keys = self._encode(im_q, im_k)
+        if return_stats and not return_loss:
+            raise ValueError("return_stats must be left out without return_loss=True, got True")
+        q, k, enqueue = self._encode(im_q, im_k)
+        if return_loss:
+            result = ops.info_nce(q, k, self.negatives, self.T, return_stats=return_stats)
+            enqueue()
+            return result
         q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
         positives = (q * k).sum(dim=1, keepdim=True)
         # A copy, because the rows are overwritten before backward needs them.
         negatives = q @ self.queue.clone().to(q.dtype)
         logits = torch.cat([positives, negatives], dim=1) / self.T
         labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
-        if self.training:
-            self.enqueue_(all_keys)
+        enqueue()
         return logits, labels
 
     def loss(
@@ -140,19 +174,26 @@ class MoCo(KeyQueue):
 
         Raises:
             ValueError: batches of different size, empty, or larger than K.
-            RuntimeError: in a process group of several processes, where DistributedDataParallel averages
-                gradients of :meth:`forward` only; or converted to SyncBatchNorm despite ``bn_splits``.
+            RuntimeError: in training in a process group of several processes, whose gradients only a call of
+                the wrapped model averages; or converted to SyncBatchNorm despite ``bn_splits``.
         """
         if self.training and distributed.world_size() > 1:
             raise RuntimeError(
-                "MoCo.loss bypasses DistributedDataParallel, which averages the gradients of forward() only: "
-                "with several processes call the wrapped model and take the cross-entropy of its logits"
+                "MoCo.loss bypasses DistributedDataParallel, which averages gradients of calls of the model: "
+                "with several processes call the wrapped model, ddp(im_q, im_k, return_loss=True)"
             )
-        q, k, all_keys = self._encode(im_q, im_k)
-        result = ops.info_nce(q, k, self.negatives, self.T, return_stats=return_stats)
-        if self.training:
-            self.enqueue_(all_keys)
-        return result
+        return self(im_q, im_k, return_loss=True, return_stats=return_stats)
+
+    def verify_queue(self) -> None:
+        """Raise the same error on every rank unless all hold the same queue and pointer; called by all.
+
+        With ``queue_sync="local"`` only the pointers have to be equal.
+
+        Raises:
+            Disagreement: names the ranks that differ from rank 0.
+        """
+        value = self.checksum() if self.queue_sync == "global" else self.queue_ptr[0]
+        distributed.check_equal("the queue", value)
 
     def move_ema_into_step(self) -> list[tuple[Tensor, Tensor]]:
         """Leave the key encoder's update to the optimizer, fused into its step.
@@ -193,36 +234,116 @@ class MoCo(KeyQueue):
             hook.remove()
         return captured[0]
 
-    def _encode(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (N, dim) with gradient, their keys without, and the keys of all ranks to enqueue."""
-        checks.momentum(self.m)  # both may have been set since the constructor, by a schedule
+    def _encode(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor, Callable[[], None]]:
+        """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks."""
+        problem: Exception | None = None
+        try:
+            self._check(im_q, im_k)
+        except (TypeError, ValueError, RuntimeError) as error:
+            problem = error
+        if not self.training:
+            if problem:
+                raise problem
+            with torch.no_grad():
+                k = self.encoder_k(im_k)
+            return self.encoder_q(im_q), k, lambda: None
+
+        distributed.check_agreement(self._facts(im_q, im_k), problem)
+        # One process that sees the whole batch has nobody to shuffle with.
+        shuffled = distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
+        if self.shuffle.generator is None:  # the first step: agree once on a seed and an initial queue
+            self.shuffle.agree(self.queue_ptr.device)
+            if self.queue_sync == "global":
+                distributed.broadcast_(self.rows, self.queue_ptr)
+        exchange = None
+        if shuffled:
+            plan = self.shuffle.plan(len(im_k), self.bn_splits, im_k.device)
+            exchange = distributed.Exchange(im_k, plan)  # travels while the queries are encoded
+        if self._part == 0 and not self.ema_in_step:
+            self._update_key_encoder()
+        q = self.encoder_q(im_q)
+        with torch.no_grad():
+            k, all_keys, order = self._keys(im_k, exchange)
+        return q, k, partial(self._enqueue_part, all_keys, order)
+
+    def _check(self, im_q: Tensor, im_k: Tensor) -> None:
+        """Raise for what is wrong with a step, before anything is changed."""
+        checks.momentum(self.m)  # these may have been set since the constructor, by a schedule
         checks.temperature(self.T, name="T")
+        checks.count("accumulation_steps", self.accumulation_steps)
         if im_q.shape[0] != im_k.shape[0]:
             raise ValueError(f"im_k must hold as many images as im_q, {im_q.shape[0]}, got {im_k.shape[0]}")
-        batch = im_q.shape[0] * distributed.world_size()
-        if not 1 <= batch <= self.K:
-            raise ValueError(f"the batch must hold 1 to K={self.K} images, got {batch}")
-
+        enqueued = im_q.shape[0] * self.accumulation_steps
+        if self.queue_sync == "global":
+            enqueued *= distributed.world_size()
+        if not 1 <= enqueued <= self.K:
+            raise ValueError(f"the batch must hold 1 to K={self.K} images, got {enqueued}")
+        if not self.training:
+            return
+        if (
+            hasattr(self, "unshard")
+            and not self.ema_in_step
+            and not all(hasattr(p, "to_local") for p in self.parameters())
+        ):  # of FSDP2, which has gathered the parameters by now and drops what is written to them
+            raise RuntimeError(
+                "fully_shard(model) needs fully_shard(model.encoder_q) and fully_shard(model.encoder_k) "
+                "before it, so that the key encoder's shards can be updated"
+            )
+        if im_q.shape[0] % self.bn_splits:
+            raise ValueError(f"bn_splits={self.bn_splits} must divide the batch, got {im_q.shape[0]} samples")
         if self.bn_splits > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.encoder_k.modules()):
             raise RuntimeError(
                 f"bn_splits={self.bn_splits} asks for statistics of parts of the batch, but the encoder was "
                 "converted to SyncBatchNorm, which takes them over all of it: leave one of the two out"
             )
 
-        q = self.encoder_q(im_q)
-        if self.training and not self.ema_in_step:
-            ops.ema_update_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.m)
-        k, all_keys = distributed.encode_shuffled(self.encoder_k, im_k, self._permutation(batch))
-        return q, k, all_keys
-
-    def _permutation(self, batch: int) -> Tensor | None:
-        """Order of the shuffled global batch, the same on every rank; None where batch norm sees it whole."""
-        if not self.training:
-            return None
+    def _facts(self, im_q: Tensor, im_k: Tensor) -> dict[str, object]:
+        """What has to be the same on every rank for the next step to be one step."""
         if distributed.world_size() == 1:
-            return torch.randperm(batch) if self.bn_splits > 1 else None
-        if self._shuffle is None:  # first step: agree once on a seed and an initial queue
-            seed = torch.randint(2**62, (1,), device=self.queue_ptr.device)
-            distributed.broadcast_(seed, self.rows, self.queue_ptr)
-            self._shuffle = torch.Generator().manual_seed(int(seed))
-        return torch.randperm(batch, generator=self._shuffle)
+            return {}
+        if self._parameter_digest is None:
+            described = [(name, tuple(p.shape), p.dtype) for name, p in self.named_parameters()]
+            self._parameter_digest = hashlib.blake2b(repr(described).encode(), digest_size=8).hexdigest()
+        return {
+            "im_q": tuple(im_q.shape),
+            # Rows travel as they lie in memory.
+            "im_k": (tuple(im_k.shape), im_k.dtype, "NHWC" if is_channels_last(im_k) else "NCHW"),
+            "K": self.K,
+            "dim": self.rows.shape[1],
+            "T": self.T,
+            "m": self.m,
+            "bn_splits": self.bn_splits,
+            "queue_sync": self.queue_sync,
+            "accumulation_steps": (self._part, self.accumulation_steps),
+            "MOCO_FAST_SHUFFLE": distributed.scheme(),
+            "the encoders' parameters (names, shapes, dtypes)": self._parameter_digest,
+        }
+
+    def _update_key_encoder(self) -> None:
+        keys, queries = ([*encoder.parameters()] for encoder in (self.encoder_k, self.encoder_q))
+        ops.ema_update_(distributed.local_shards(keys), distributed.local_shards(queries), self.m)
+
+    def _keys(
+        self, im_k: Tensor, exchange: distributed.Exchange | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's keys (N, dim); and those to enqueue, with the order to write them in."""
+        if exchange is None:
+            k = self.encoder_k(im_k)
+            return k, distributed.all_gather_rows(k) if self.queue_sync == "global" else k, None
+        shuffled = self.encoder_k(exchange.images())
+        if self.queue_sync == "global":
+            k, gathered = exchange.keys_of_all(shuffled)
+            return k, gathered, exchange.plan.home
+        k = exchange.keys_back(shuffled)
+        return k, k, None
+
+    def _enqueue_part(self, keys: Tensor, order: Tensor | None) -> None:
+        """Enqueue the keys of a step; those of its earlier parts wait for the last."""
+        if self.accumulation_steps == 1:
+            self.enqueue_(keys, order)
+            return
+        self._waiting.append(keys if order is None else ops.take_rows(keys, order))
+        self._part += 1
+        if self._part == self.accumulation_steps:
+            waiting, self._waiting, self._part = self._waiting, [], 0
+            self.enqueue_(torch.cat(waiting))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from moco_fast import distributed
 from moco_fast.data.images import Dataset
 from moco_fast.models.backbones import SMALL_RESNET, backbone
 from moco_fast.models.moco import MoCo
 from moco_fast.train.config import PretrainConfig
+from moco_fast.train.processes import local_rank
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -29,7 +36,8 @@ def build_model(config: PretrainConfig, channels: int) -> MoCo:
         config.momentum,
         config.temperature,
         config.mlp,
-        bn_splits=config.bn_splits,
+        bn_splits=max(1, config.bn_splits // distributed.world_size()),
+        queue_sync=config.queue_sync,
     )
     size = config.augment.image_size
     model.eval()
@@ -39,7 +47,39 @@ def build_model(config: PretrainConfig, channels: int) -> MoCo:
         raise ValueError(
             f"arch {config.arch!r} cannot take images of image_size={size} pixels: {error}"
         ) from error
+    model.accumulation_steps = config.accumulation
     return model.train()
+
+
+def check_processes(config: PretrainConfig, device: torch.device) -> None:
+    """Raise ValueError for a recipe that cannot be shared out among the processes there are."""
+    processes = distributed.world_size()
+    if config.batch_size % (processes * config.accumulation):
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of {processes * config.accumulation}, the "
+            f"{processes} processes times accumulation={config.accumulation}"
+        )
+    if config.bn_splits > 1 and config.bn_splits % processes:
+        raise ValueError(
+            f"bn_splits={config.bn_splits} must be 1 or a multiple of the {processes} processes, each of "
+            "which has statistics of its own"
+        )
+    if config.sync_bn and processes > 1 and device.type != "cuda":
+        raise ValueError(f"sync_bn needs GPUs, PyTorch has no synchronised batch norm on {device}")
+
+
+def replicated(model: MoCo, config: PretrainConfig, device: torch.device) -> nn.Module:
+    """The model as it is called in training: one of several replicas under DistributedDataParallel."""
+    if config.compile:  # in place, so that names in the state dict stay
+        model.encoder_q.compile()
+        model.encoder_k.compile()
+    if distributed.world_size() == 1:
+        return model
+    # Statistics stay each process's own, to be averaged when they are used. The option was renamed.
+    names = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {option: False, "device_ids": [device] if device.type == "cuda" else None}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 def choose_device(name: str) -> torch.device:
@@ -50,6 +90,8 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world_size() > 1:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -75,9 +117,14 @@ def fit_to_dataset(config: PretrainConfig, dataset: Dataset, log: Callable[[str]
     count = len(dataset.train)
     queue_size = min(config.queue_size, max(2, count // 2))
     batch_size = min(config.batch_size, queue_size)
-    batch_size -= batch_size % config.bn_splits
+    shares = math.lcm(config.bn_splits, distributed.world_size()) * config.accumulation
+    batch_size -= batch_size % shares
     if batch_size == 0:
-        raise ValueError(f"bn_splits={config.bn_splits} is more than the {queue_size} images of a batch here")
+        raise ValueError(
+            f"a batch of this dataset, at most {queue_size} images, cannot be cut into {shares} shares, for "
+            f"{distributed.world_size()} processes, bn_splits={config.bn_splits} and "
+            f"accumulation={config.accumulation}"
+        )
     if (queue_size, batch_size) == (config.queue_size, config.batch_size):
         return config
     log(

@@ -11,8 +11,8 @@ from moco_fast import checks
 from moco_fast.data.augment import AugmentConfig
 
 _COUNTS = (
-    "epochs", "batch_size", "width", "dim", "queue_size", "bn_splits",
-    "log_every", "checkpoint_every", "knn_k", "knn_bank", "knn_queries",
+    "epochs", "batch_size", "accumulation", "width", "dim", "queue_size", "bn_splits", "lr_batch_size",
+    "log_every", "checkpoint_every", "verify_every", "knn_k", "knn_bank", "knn_queries",
 )  # fmt: skip
 
 _VIEWS = AugmentConfig(
@@ -33,7 +33,9 @@ class PretrainConfig:
     epochs: int = 5
     """Passes over the training images."""
     batch_size: int = 128
-    """Images per step."""
+    """Images per step, over all processes."""
+    accumulation: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -52,10 +54,17 @@ class PretrainConfig:
     mlp: bool = True
     """Projection MLP (v2) instead of a linear layer (v1)."""
     bn_splits: int = 1
-    """Batch-norm statistics over this many parts of a shuffled batch, as on that many devices."""
+    """Batch-norm statistics over this many parts of a shuffled batch, as on that many devices, however many
+    processes there are; 1 leaves every process with the statistics of its own images."""
+    sync_bn: bool = False
+    """Batch-norm statistics over all processes (GPUs only), in place of the shuffle."""
+    queue_sync: Literal["global", "local"] = "global"
+    """One queue for all processes, or one for each of its own keys."""
 
     lr: float = 0.06
-    """Learning rate at its peak."""
+    """Learning rate at its peak, for batches of lr_batch_size; scaled linearly to batch_size."""
+    lr_batch_size: int = 128
+    """Images per step that lr is meant for."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Half a cosine per step, or a tenth at every milestone."""
     milestones: tuple[int, ...] = (120, 160)
@@ -68,6 +77,8 @@ class PretrainConfig:
     """L2 penalty on every parameter."""
     bf16: bool = False
     """Run the encoders under bf16 autocast."""
+    compile: bool = False
+    """Run the encoders through torch.compile."""
 
     augment: AugmentConfig = field(default=_VIEWS)
     """The random views."""
@@ -75,11 +86,11 @@ class PretrainConfig:
     """Side of the squares that a directory's images are reduced to, over the side of a view."""
 
     device: str = "auto"
-    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"."""
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; under torchrun every process has its own."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
     workers: int = 2
-    """Processes that decode a directory's images."""
+    """Processes that decode a directory's images, for every process that trains."""
 
     log_every: int = 10
     """Steps between records, and between checks that the loss is finite."""
@@ -87,6 +98,8 @@ class PretrainConfig:
     """Steps between checkpoints; one is also written at the end, on SIGTERM and on Ctrl-C."""
     knn_every: int = 0
     """Steps between kNN measurements; 0 spreads four over the run."""
+    verify_every: int = 500
+    """Steps between checks that all processes hold the same queue."""
     knn_k: int = 20
     """Neighbours that vote."""
     knn_bank: int = 20_000
@@ -120,8 +133,17 @@ class PretrainConfig:
                 f"batch_size must be at most queue_size={self.queue_size}, got {self.batch_size}: "
                 "a batch replaces that many keys"
             )
-        if self.batch_size % self.bn_splits:
-            raise ValueError(f"bn_splits={self.bn_splits} must divide batch_size={self.batch_size}")
+        if self.batch_size % (self.accumulation * self.bn_splits):
+            raise ValueError(
+                f"accumulation={self.accumulation} times bn_splits={self.bn_splits} must divide "
+                f"batch_size={self.batch_size}"
+            )
+        checks.one_of("queue_sync", self.queue_sync, ("global", "local"))
+        if self.sync_bn and self.bn_splits > 1:
+            raise ValueError(
+                f"sync_bn takes statistics over all processes, bn_splits={self.bn_splits} over parts of the "
+                "batch: leave one of the two out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for a checkpoint or JSON."""
@@ -135,6 +157,8 @@ class PretrainConfig:
             ValueError: names that are no field.
         """
         augment = AugmentConfig(**_fields(AugmentConfig, values.get("augment", {})))
+        if "batch_size" in values and "lr_batch_size" not in values:  # of a version without scaling
+            values = values | {"lr_batch_size": values["batch_size"]}
         return cls(**(_fields(cls, values) | {"augment": augment}))
 
 

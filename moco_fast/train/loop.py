@@ -6,32 +6,39 @@ import json
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast._version import __version__
 from moco_fast.data.augment import TwoCrops
 from moco_fast.data.datasets import load_dataset
 from moco_fast.data.loader import BatchLoader
+from moco_fast.distributed import average_, check_agreement, from_all, rank, world_size
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
+from moco_fast.norm import average_statistics_
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import (
     build_model,
     channel_statistics,
+    check_processes,
     choose_device,
     fit_to_dataset,
     input_channels,
+    replicated,
 )
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
 from moco_fast.train.interrupt import StopRequest
 from moco_fast.train.presets import moved_to
+from moco_fast.train.processes import agreed, first_on_machine, joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE, Recorder
 from moco_fast.train.schedule import learning_rate
 
@@ -57,10 +64,13 @@ def pretrain(
     config: PretrainConfig,
     out: Path,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     console: Any = None,
 ) -> Outcome:
     """Pretrain MoCo and leave a run folder.
+
+    Every process that torchrun started calls this with the same arguments; ``config.batch_size`` is shared
+    out among them.
 
     The folder gets ``checkpoint.pth`` (the official layout), ``config.json``, ``metrics.jsonl``,
     ``tensorboard/``, ``curves.png`` and ``neighbours.png``.
@@ -69,25 +79,39 @@ def pretrain(
         config: the recipe.
         out: run folder.
         resume: continue from the checkpoint in ``out``; losses are then those of an unbroken run, bit for bit
-            (on a CPU with the same number of threads).
-        console: a rich Console; default: standard output.
+            (on a CPU with the same number of threads and processes). "auto": if there is one, else begin.
+        console: a rich Console; default: standard output. Only rank 0 writes to it.
 
     Raises:
         FileExistsError: ``out`` is not empty and ``resume`` is False.
         NonFiniteLossError: the loss or the weights are not finite any more.
+        Disagreement: the processes were given different arguments or hold different queues.
+        PeerFailedError: another process died or failed.
     """
-    console = console or extra("rich.console").Console()
+    with joined(config.device):
+        return _pretrain(config, out, resume, console or extra("rich.console").Console())
+
+
+def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: Any) -> Outcome:
+    everywhere = console
+    if rank() > 0:
+        console = extra("rich.console").Console(quiet=True)
+    check_agreement({"the config": config.to_dict(), "out": str(out), "resume": resume})
+    if resume == "auto":
+        resume = on_rank_0((out / checkpoints.FILE_NAME).exists)
+    elif not resume:
+        on_rank_0(lambda: _refuse_to_overwrite(out))
     saved = checkpoints.read(out) if resume else None
-    if saved is None and out.exists() and any(out.iterdir()):
-        hint = f"resume it (--resume {out})" if (out / checkpoints.FILE_NAME).exists() else "empty it"
-        raise FileExistsError(f"out {str(out)!r} is not empty: {hint}, or choose another --out")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
+    check_processes(config, device)
 
     # data
     size = config.augment.image_size
-    dataset = load_dataset(config.data, canvas=round(size * config.canvas), log=console.print)
+    dataset = first_on_machine(
+        lambda: load_dataset(config.data, canvas=round(size * config.canvas), log=console.print)
+    )
     if (config.data, dataset.name) == ("fashion-mnist", "digits"):  # the fallback, which was announced
         config = moved_to(config, "digits")
         size = config.augment.image_size
@@ -95,12 +119,18 @@ def pretrain(
         config = fit_to_dataset(config, dataset, console.print)
     channels = input_channels(config, dataset)
     mean, std = channel_statistics(dataset, channels)
-    loader = BatchLoader(dataset.train, config.batch_size, config.seed, config.workers, log=console.print)
+    loader = BatchLoader(
+        dataset.train, config.batch_size // world_size(), config.seed, config.workers, rank=rank(),
+        world_size=world_size(), pin_memory=device.type == "cuda", log=everywhere.print,
+    )  # fmt: skip
     views = TwoCrops(config.augment, mean, std)
     randomness = torch.Generator(device).manual_seed(config.seed)
 
     # model
     model = build_model(config, channels).to(device).to(memory_format=torch.channels_last)
+    if config.sync_bn and world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay
     )
@@ -110,7 +140,7 @@ def pretrain(
         dataset, image_size=size, mean=mean, std=std, device=device,
         k=config.knn_k, bank=config.knn_bank, workers=config.workers,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
     accuracy: dict[str, float] = {}
     step = 0
     if saved is not None:
@@ -120,12 +150,21 @@ def pretrain(
         for group in optimizer.param_groups:  # the config may have been overridden, and is what gets recorded
             group.update(momentum=config.sgd_momentum, weight_decay=config.weight_decay)
         randomness.set_state(extras["views"])
-        checkpoints.set_random_state(extras["random"])
+        if extras["shuffle"] is not None:
+            model.shuffle.set_state(extras["shuffle"])
+        checkpoints.set_random_state(extras["random"][rank() % len(extras["random"])])
+        if extras["queues"]:
+            queue, ptr = extras["queues"][rank() % len(extras["queues"])]
+            model.load_state_dict(model.state_dict() | {"queue": queue, "queue_ptr": ptr})
         step, accuracy = extras["step"], dict(extras["accuracy"])
+        model.verify_queue()
     elif reason := probe.measurable():
         console.print(f"No kNN accuracy: {reason}.")
     else:
-        accuracy = {"raw pixels": probe.accuracy(None), "random init": probe.accuracy(model)}
+        accuracy = on_rank_0(
+            lambda: {"raw pixels": probe.accuracy(None), "random init": probe.accuracy(model)}
+        )
+    replica = replicated(model, config, device)
 
     steps_per_epoch = len(loader)
     total = config.epochs * steps_per_epoch
@@ -133,11 +172,11 @@ def pretrain(
         accuracy.pop("trained", None)  # of fewer epochs, where a finished run is prolonged
     chance = math.log(config.queue_size + 1)
     knn_every = config.knn_every or max(1, total // KNN_MEASUREMENTS)
-    (out / "config.json").write_text(
-        json.dumps(config.to_dict() | {"dataset": dataset.note}, indent=2) + "\n"
-    )
+    description = json.dumps(config.to_dict() | {"dataset": dataset.note}, indent=2) + "\n"
+    on_rank_0(lambda: (out / "config.json").write_text(description))
+    where = f"{world_size()} processes, {device.type}" if world_size() > 1 else str(device)
     console.print(
-        f"{dataset.name}: {len(dataset.train):,} images ({dataset.note}). {config.arch} on {device}, "
+        f"{dataset.name}: {len(dataset.train):,} images ({dataset.note}). {config.arch} on {where}, "
         f"{total - step:,} steps of {config.batch_size}. Run folder: {out}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
@@ -147,6 +186,10 @@ def pretrain(
             checkpoints.check_finite(model)
         except ValueError as error:
             raise NonFiniteLossError(_explain(step, f"weights: {error}", out)) from error
+        average_statistics_(model)
+        random = from_all(checkpoints.random_state())
+        # One queue of every process, unless they are the same.
+        queues = from_all((model.queue, model.queue_ptr)) if config.queue_sync == "local" else []
         # "epoch" counts finished epochs, as in official files.
         state = {
             "epoch": step // steps_per_epoch,
@@ -162,12 +205,14 @@ def pretrain(
                 "std": list(std),
                 "accuracy": accuracy,
                 "views": randomness.get_state(),
-                "random": checkpoints.random_state(),
+                "shuffle": model.shuffle.state(),
+                "random": random,
+                "queues": queues,
             },
         }
-        checkpoints.write_atomic(out / checkpoints.FILE_NAME, state)
+        on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
-    recorder = Recorder(out, step)
+    recorder = Recorder(out if rank() == 0 else None, step)
     pending: list[Tensor] = []  # metrics of steps since the last record, still on the device
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
@@ -178,7 +223,9 @@ def pretrain(
         nonlocal began, waited
         if not pending:
             return
-        rows = torch.stack(pending).cpu()
+        metrics = torch.stack(pending)
+        average_(metrics)
+        rows = metrics.cpu()
         first = step - len(pending) + 1
         pending.clear()
         finite = torch.isfinite(rows[:, 0])
@@ -200,61 +247,84 @@ def pretrain(
         display.metrics(step, values)
         began, waited = now, loader.wait_seconds
 
+    stopped = 0  # the signal that ends the run on every process, at the same step
     with StopRequest() as stop, Display(console, total, step, chance) as display:
         try:
             model.train()
-            while step < total and not stop.signal:
+            while step < total and not stopped:
                 epoch, start = divmod(step, steps_per_epoch)
                 for batch in loader.batches(epoch, start):
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(config, step, steps_per_epoch)
                     images = batch.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
                     aspect = None if batch.aspect is None else batch.aspect.to(device)
-                    im_q, im_k = views(images, randomness, aspect)
-                    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                        loss, stats = model.loss(im_q, im_k, return_stats=True)
+                    im_q, im_k = views(images, randomness, aspect, (rank(), world_size()))
                     optimizer.zero_grad()
-                    loss.backward()
+                    pending.append(_forward_backward(replica, im_q, im_k, config, device))
                     optimizer.step()
                     step += 1
-
-                    hits = (stats.rank == 0).float().mean()
-                    pending.append(torch.stack([loss.detach(), stats.pos.mean(), stats.neg.mean(), hits]))
                     display.advance(step)
                     if step % config.log_every == 0 or step == total:
                         record()
                     if step % knn_every == 0 and accuracy and step < total:
                         record()
-                        knn = probe.accuracy(model, config.knn_queries)
+                        average_statistics_(model)
+                        knn = on_rank_0(lambda: probe.accuracy(model, config.knn_queries))
                         recorder.write(step, knn=knn)
                         display.say(
                             f"step {step}: kNN accuracy {knn:.1%} (raw pixels {accuracy['raw pixels']:.1%})"
                         )
                         began = time.monotonic()  # measuring is not training
-                    if stop.signal:
+                    if step % config.verify_every == 0:
+                        model.verify_queue()
+                    stopped = agreed(stop.signal or 0)
+                    if stopped:
                         break
                     if step % config.checkpoint_every == 0 or step == total:
                         record()
                         save()
-            if stop.signal:
+            if stopped:
                 record()
                 save()
             elif accuracy and "trained" not in accuracy:  # else a finished run was resumed
-                accuracy["trained"] = probe.accuracy(model)
+                accuracy["trained"] = on_rank_0(lambda: probe.accuracy(model))
                 recorder.write(step, knn=accuracy["trained"])
                 save()
         finally:
             recorder.close()
 
-    if stop.signal:
-        console.print(
-            f"{stop.signal.name}: saved step {step}. Continue with: moco-fast pretrain --resume {out}"
-        )
+    ended_by = signal.Signals(stopped) if stopped else None
+    if ended_by:
+        console.print(f"{ended_by.name}: saved step {step}. Continue with: moco-fast pretrain --resume {out}")
     else:
-        probe.gallery(model, out / "neighbours.png")
+        on_rank_0(lambda: probe.gallery(model, out / "neighbours.png"))
     if step > 0:
-        plot_curves(out / METRICS_FILE, out / "curves.png")
-    return Outcome(out, step, stop.signal, accuracy)
+        on_rank_0(lambda: plot_curves(out / METRICS_FILE, out / "curves.png"))
+    return Outcome(out, step, ended_by, accuracy)
+
+
+def _forward_backward(
+    model: nn.Module, im_q: Tensor, im_k: Tensor, config: PretrainConfig, device: torch.device
+) -> Tensor:
+    """Add up the gradients of a batch, part by part; returns loss, similarities and accuracy@1, (4,)."""
+    metrics = []
+    parts = list(zip(im_q.chunk(config.accumulation), im_k.chunk(config.accumulation), strict=True))
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    for i, (part_q, part_k) in enumerate(parts):
+        # Gradients are averaged over processes once, with the last part.
+        with ddp.no_sync() if ddp and i + 1 < len(parts) else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                loss, stats = model(part_q, part_k, return_loss=True, return_stats=True)
+            (loss / len(parts)).backward()
+        hits = (stats.rank == 0).float().mean()
+        metrics.append(torch.stack([loss.detach(), stats.pos.mean(), stats.neg.mean(), hits]))
+    return torch.stack(metrics).mean(0)
+
+
+def _refuse_to_overwrite(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        hint = f"resume it (--resume {out})" if (out / checkpoints.FILE_NAME).exists() else "empty it"
+        raise FileExistsError(f"out {str(out)!r} is not empty: {hint}, or choose another --out")
 
 
 def _explain(step: int, what: str, out: Path) -> str:

@@ -11,7 +11,8 @@ _FASHION_MNIST = PretrainConfig()
 
 _IMAGENET_V1 = PretrainConfig(
     data="imagenet", epochs=200, batch_size=256, arch="resnet50", queue_size=65536, momentum=0.999,
-    temperature=0.07, dim=128, mlp=False, lr=0.03, schedule="step", milestones=(120, 160), weight_decay=1e-4,
+    temperature=0.07, dim=128, mlp=False, lr=0.03, lr_batch_size=256, schedule="step", milestones=(120, 160),
+    weight_decay=1e-4,
     warmup_epochs=0.0,
     augment=AugmentConfig(image_size=224, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, blur_p=0.0),
     bf16=True, workers=8, checkpoint_every=1000,

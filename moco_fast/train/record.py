@@ -16,11 +16,15 @@ class Recorder:
     """Appends one JSON object per record, and the same numbers to TensorBoard.
 
     Args:
-        folder: the run folder.
+        folder: the run folder, or None to record nothing.
         step: records after this step, left by a run that died past its last checkpoint, are dropped.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path | None, step: int = 0) -> None:
+        self._file: Any = None
+        self._board: Any = None
+        if folder is None:
+            return
         path = folder / METRICS_FILE
         kept = (
             [line for line in path.read_text().splitlines() if _step_of(line) <= step]
@@ -38,14 +42,17 @@ class Recorder:
 
     def write(self, step: int, **values: Any) -> None:
         """Record values of a step."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close both."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def _step_of(line: str) -> float:

@@ -1,12 +1,7 @@
-"""Public ops: check the arguments, then call the torch.library op, which picks a backend at run time.
-
-Each op is opaque to torch.compile (fullgraph works), has a fake kernel and
-declares what it writes.
-"""
+"""The losses: gradients are computed in the forward pass, backward scales them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -177,75 +172,6 @@ def contrast(
     return rows.view(shape) if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
-@torch.no_grad()
-def ema_update_(
-    targets: Sequence[Tensor],  # any shapes, one device
-    sources: Sequence[Tensor],  # same shapes and order
-    m: float | Tensor,
-    *,
-    masters: Sequence[Tensor] | None = None,
-) -> None:
-    """Move every target towards its source, in place: ``target <- m * target + (1 - m) * source``.
-
-    A bf16 target stalls at m = 0.999: the step is smaller than half a unit in its last place. With
-    ``masters`` the average is kept in fp32: ``master <- m * master + (1 - m) * source``,
-    ``target <- master``, rounded.
-    Source: He et al. 2020, "Momentum Contrast", equation 2.
-
-    Args:
-        targets: tensors to write, floating-point, without grad.
-        sources: tensors to read.
-        m: momentum in [0, 1]; a 0-d tensor stays on its device and is not read back, so that a captured
-            CUDA graph sees it change.
-        masters: float32 copies of the targets, written too; for targets of at most that precision.
-
-    Raises:
-        TypeError: not a floating-point tensor, m is not a number, or a master is not float32.
-        ValueError: lengths, shapes or devices do not match, m outside [0, 1], a target or master requires
-            grad.
-
-    Example:
-        >>> moco_fast.ema_update_(list(encoder_k.parameters()), list(encoder_q.parameters()), 0.999)
-    """
-    targets, sources = list(targets), list(sources)
-    checks.ema_update(targets, sources)
-    averages = [] if masters is None else list(masters)
-    if masters is not None:
-        checks.ema_masters(targets, averages)
-    if not isinstance(m, Tensor):
-        m = torch.tensor(checks.momentum(m), dtype=torch.float64, device="cpu")
-    if targets:
-        checks.scalar_tensor("m", m, "targets[0]", targets[0])
-        _ema_update_(targets, sources, m, averages)
-
-
-@torch.no_grad()
-def enqueue_(
-    queue: Tensor,  # (K, C)
-    ptr: Tensor,  # (1,) int64
-    keys: Tensor,  # (N, C)
-    mirror: Tensor | None = None,  # (K, C)
-) -> None:
-    """Overwrite the oldest rows of the queue with new keys: ``queue[(ptr + i) % K] <- keys[i] / |keys[i]|``.
-
-    Then ``ptr <- (ptr + N) % K``, on the device. Any N up to K; wraps round.
-    Source: He et al. 2020, "Momentum Contrast", section 3.2.
-
-    Args:
-        queue: ring buffer, written in place.
-        ptr: next slot to write, in [0, K).
-        keys: not normalised, any floating dtype.
-        mirror: the same rows in another dtype, written too: a 16-bit copy halves what a GPU's loss reads.
-
-    Raises:
-        TypeError: not floating-point tensors, or ptr is not int64 of shape (1,).
-        ValueError: widths or devices do not match, no keys, more keys than slots, a mirror of
-            another shape, queue or mirror requires grad,
-            a ptr on the CPU outside [0, K).
-    """
-    _enqueue_(*checks.enqueue(queue, ptr, keys, mirror))
-
-
 @torch.library.custom_op("moco_fast::info_nce", mutates_args=())
 def _info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
@@ -354,31 +280,3 @@ def _scale_both(ctx, grad_loss, *_):
 
 
 _contrast.register_autograd(_scale_both, setup_context=_save_both)
-
-
-def _ema_update_impl(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor, masters: Sequence[Tensor]
-) -> None:
-    if m.device.type == "cpu":
-        checks.momentum(m.item())
-    # Backends write through pointers, unseen by autograd.
-    torch.autograd.graph.increment_version([*targets, *masters])
-    # One tensor decides: all share a device, and a backend leaves pairs of odd dtypes to the reference.
-    backends.choose("ema_update_", targets[:1]).ema_update_(targets, sources, m, masters)
-
-
-# Not custom_op, whose wrappers cost a tenth of the update itself for a list of 161 parameters.
-_LIBRARY = torch.library.Library("moco_fast", "FRAGMENT")
-_LIBRARY.define("ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor m, Tensor(b!)[] masters) -> ()")
-_LIBRARY.impl("ema_update_", _ema_update_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("moco_fast::ema_update_", lambda targets, sources, m, masters: None, lib=_LIBRARY)
-_ema_update_ = torch.ops.moco_fast.ema_update_.default
-
-
-@torch.library.custom_op("moco_fast::enqueue_", mutates_args=("queue", "ptr", "mirror"))
-def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None) -> None:
-    if ptr.device.type == "cpu" and not 0 <= ptr.item() < queue.shape[0]:
-        raise ValueError(f"ptr must be in [0, {queue.shape[0]}), got {ptr.item()}")
-    if keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
-        keys = keys.clone()  # rows of the queue itself, which would be overwritten while they are read
-    backends.choose("enqueue_", (queue, keys)).enqueue_(queue, ptr, keys, mirror)

@@ -1,0 +1,53 @@
+"""Rows in another order: out_i <- x[index_i], for rows of any type, as words of up to 8 bytes.
+
+One launch packs a batch of images for an exchange between ranks, or brings one back into order. Traffic:
+2 M B bytes for M rows of B.
+
+Reference: moco_fast/reference.py::take_rows.  Tests: tests/test_take_rows.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moco_fast import reference
+
+# Words of a row per program, and warps. Not measured on a GPU yet.
+TILES = {"words": 2048, "warps": 4}
+
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+@triton.jit
+def _take_rows(
+    x,  # (R, WIDTH) words
+    index,  # (M,) int64
+    out,  # (M, WIDTH)
+    width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Rows along the first axis of the grid, which may be longest.
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index + row)
+    word = tl.load(x + source * width + col, mask=col < width)
+    tl.store(out + row * width + col, word, mask=col < width)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """See :func:`moco_fast.reference.take_rows`."""
+    out = reference.empty_rows(x, index.shape[0])
+    rows, taken = reference.flat_rows(x), reference.flat_rows(out)
+    size = rows.shape[1] * x.element_size()
+    word = next(bytes for bytes in WORDS if size % bytes == 0 and rows.data_ptr() % bytes == 0)
+    width = size // word
+    block = min(TILES["words"], triton.next_power_of_2(width))
+    if len(index):
+        _take_rows[(len(index), triton.cdiv(width, block))](
+            rows.view(WORDS[word]), index.contiguous(), taken.view(WORDS[word]), width,
+            BLOCK=block, num_warps=TILES["warps"],
+        )  # fmt: skip
+    return out

@@ -1,0 +1,43 @@
+"""Training over several processes: collectives, the batch shuffle, and that all ranks agree.
+
+Everything is the identity without a process group. Batches and keys travel in the default group.
+"""
+
+from moco_fast.distributed.agreement import (
+    Disagreement,
+    check_agreement,
+    check_equal,
+    from_all,
+    from_rank_0,
+    largest,
+)
+from moco_fast.distributed.collectives import (
+    all_gather_rows,
+    average_,
+    broadcast_,
+    local_shards,
+    rank,
+    world_size,
+)
+from moco_fast.distributed.shuffle import SCHEMES, BatchShuffle, Exchange, balanced_order, scheme, use_scheme
+
+__all__ = [
+    "SCHEMES",
+    "BatchShuffle",
+    "Disagreement",
+    "Exchange",
+    "all_gather_rows",
+    "average_",
+    "balanced_order",
+    "broadcast_",
+    "check_agreement",
+    "check_equal",
+    "from_all",
+    "from_rank_0",
+    "largest",
+    "local_shards",
+    "rank",
+    "scheme",
+    "use_scheme",
+    "world_size",
+]

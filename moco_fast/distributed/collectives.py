@@ -1,0 +1,56 @@
+"""Collectives of the default process group, which are the identity without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Processes in the default group, 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process in the default group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_gather_rows(
+    x: Tensor,  # (N, ...), the same N on every rank
+) -> Tensor:
+    """Rows of all ranks in rank order, (W * N, ...), without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    return out
+
+
+def broadcast_(*tensors: Tensor) -> None:
+    """Overwrite the tensors with those of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def average_(*tensors: Tensor) -> None:
+    """Overwrite floating-point tensors with their means over ranks, in one collective."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.detach().copy_(part.view_as(tensor))
+
+
+def local_shards(tensors: Iterable[T]) -> list[T]:
+    """What this rank holds of DTensors, as FSDP2 makes of parameters; anything else as it is."""
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]

@@ -1,0 +1,156 @@
+"""The processes of a run: joined as torchrun started them, and left with word of who failed.
+
+Without torchrun's variables there is one process, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from moco_fast import distributed
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(
+    hours=2
+)  # with a rank that evaluates, downloads or compiles; a dead one is noticed at once
+NOTICE_SECONDS = 10.0  # for every rank to say that it is still there after a failure
+_ENDED = "moco_fast/ended/"
+_LOST = "lost touch with the others"
+_store: Any = None
+
+
+class PeerFailedError(RuntimeError):
+    """Another process of the run died or failed; says which."""
+
+
+def started_by_torchrun() -> bool:
+    """Whether the environment names the processes of a run."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this run again, after a process of it failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def may_restart() -> bool:
+    """Whether torchrun may do so."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Be one of the processes that torchrun started, on a device of the given name.
+
+    NCCL's group if that is a GPU, else gloo's. No effect if a group exists already.
+
+    Raises:
+        PeerFailedError: another process died or failed meanwhile.
+    """
+    global _store
+    if dist.is_initialized() or not started_by_torchrun():
+        yield
+        return
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    _store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    if on_gpu and torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=size, timeout=PATIENCE
+    )
+    try:
+        yield
+    except Exception as error:
+        why = _LOST if _is_loss_of_contact(error) else f"{type(error).__name__}: {error}"
+        _say(_ENDED + str(rank), why)
+        dist.destroy_process_group()  # closes connections: whoever waits for this rank learns of it at once
+        if why is _LOST and (culprits := _culprits(size)):
+            raise PeerFailedError(f"{culprits}; this was rank {rank} of {size}") from error
+        raise
+    else:
+        distributed.largest(0)  # nobody leaves before all have come here
+        dist.destroy_process_group()
+    finally:
+        _store = None
+
+
+def on_rank_0(compute: Callable[[], T]) -> T:
+    """Call on rank 0 alone and hand its result, or the exception it raised, to all."""
+    if distributed.world_size() == 1:
+        return compute()
+    result, problem = None, None
+    if distributed.rank() == 0:
+        try:
+            result = compute()
+        except Exception as error:
+            problem = error
+    result, problem = distributed.from_rank_0((result, problem))
+    if problem is not None:
+        raise problem
+    return result  # type: ignore[return-value]  # what rank 0 computed
+
+
+def first_on_machine(compute: Callable[[], T]) -> T:
+    """Call on the first process of every machine, then on the others: what downloads, say, does so once."""
+    result, problem = None, None
+    for turn in (True, False):
+        if (local_rank() == 0) == turn and problem is None:
+            try:
+                result = compute()
+            except Exception as error:
+                problem = error
+        distributed.check_agreement({}, problem)
+    return result  # type: ignore[return-value]  # not None: one of the turns was this process's
+
+
+def agreed(request: int) -> int:
+    """The largest of the ranks' numbers, such as that of a signal: all ranks stop at the same step."""
+    return distributed.largest(request)[0]
+
+
+def _is_loss_of_contact(error: Exception) -> bool:
+    if isinstance(error, (distributed.Disagreement, PeerFailedError)) or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
+
+
+def _say(key: str, what: str) -> None:
+    with suppress(RuntimeError, OSError):  # the store may have gone with the machine that held it
+        _store.set(key, what)
+
+
+def _culprits(size: int) -> str:
+    """Who failed: ranks that do not say that they are there, or whose error was their own."""
+    deadline = time.monotonic() + NOTICE_SECONDS
+    said: dict[int, str] = {}
+    try:
+        while len(said) < size and time.monotonic() < deadline:
+            for rank in set(range(size)) - said.keys():
+                if _store.check([_ENDED + str(rank)]):
+                    said[rank] = _store.get(_ENDED + str(rank)).decode()
+            time.sleep(0.1)
+    except (RuntimeError, OSError):
+        return "rank 0 is gone, and with it the store that ranks meet at"
+    silent = sorted(set(range(size)) - said.keys())
+    own = {rank: why for rank, why in sorted(said.items()) if why != _LOST}
+    if own:
+        return "; ".join(f"rank {rank} failed ({why})" for rank, why in own.items())
+    if silent:
+        shown = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+        return f"rank{'s' if len(silent) > 1 else ''} {shown} died or stopped answering"
+    return ""
