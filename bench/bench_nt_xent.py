@@ -17,12 +17,17 @@ from torch.nn import functional as F
 import moco_fast
 from bench import measure
 from bench.case import OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, serving
-from moco_fast import checks
 
 TEMPERATURE = 0.1
 SIZES = {"cpu": [(256, 128)], "cuda": [(512, 128), (4096, 128)]}  # N, C
 QUICK = [(8, 32)]
 COMPILED = "torch.compile"
+# By what the products may round their operands to: options of a peer.
+PRECISIONS = {
+    "highest": {"tolerance": 1e-4, "product": "fp32"},
+    "high": {"tolerance": 2e-3, "product": "fp16"},
+    "medium": {"tolerance": 2e-2, "product": "bf16"},
+}
 PEERS = [REFERENCE, COMPILED, OFFICIAL]
 CPU = torch.device("cpu")
 
@@ -76,11 +81,8 @@ def case(size: tuple[int, int], device: torch.device = CPU) -> Case:
     peers = {}
     for backend in backends:
         if backend == "triton":
-            for precision, product, tolerance in zip(
-                checks.PRECISIONS, ("fp32", "fp16", "bf16"), (1e-4, 2e-3, 2e-2), strict=True
-            ):
-                run = ours(backend, precision)
-                peers[f"{OURS} triton, {precision}"] = peer(run, tolerance=tolerance, product=product)
+            for precision, options in PRECISIONS.items():
+                peers[f"{OURS} triton, {precision}"] = peer(ours(backend, precision), **options)
         else:
             peers[f"{OURS} {backend}"] = peer(ours(backend, "highest"))
     peers[COMPILED] = peer(partial(with_gradient, torch.compile(formula)))

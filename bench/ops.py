@@ -1,6 +1,7 @@
 """What is measured: module by name; each offers ``cases(quick, device)``."""
 
 from bench import (
+    bench_contrast,
     bench_ema_update,
     bench_enqueue,
     bench_fused_step,
@@ -13,6 +14,7 @@ from bench import (
 OPS = {
     "info_nce": bench_info_nce,
     "nt_xent": bench_nt_xent,
+    "contrast": bench_contrast,
     "ema_update_": bench_ema_update,
     "fused step": bench_fused_step,
     "enqueue_": bench_enqueue,

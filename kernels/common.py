@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # TRITON_INTERPRET=1 runs kernels on the CPU, in NumPy. It has to be set before a kernel file is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -35,7 +38,10 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def has_tma(device: torch.device) -> bool:
-    """Whether blocks are loaded through descriptors: by Hopper's copy engine, or the interpreter."""
+    """Whether blocks are loaded through descriptors: by Hopper's copy engine, or the interpreter.
+
+    Older GPUs get pointers: Triton turns a descriptor into loads of 2 bytes there, which products wait for.
+    """
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -86,6 +92,23 @@ def through_norm(
     # A norm below EPS was clamped to a constant, through which no gradient flows.
     radial = tl.where(norm < EPS, 0.0, tl.sum(x_hat * d_hat, axis=1, keep_dims=True))
     return unit_rows(d_hat - radial * x_hat, norm)
+
+
+@triton.jit
+def load_rows(
+    source,  # (ROWS, WIDTH): a descriptor of blocks (BLOCK_R, BLOCK_C) if TMA, else a pointer
+    first, ROWS,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first`` to ``first + BLOCK_R``, zero beyond the last row and the last column."""
+    if TMA:
+        rows = source.load([first, 0])
+    else:
+        row = tl.arange(0, BLOCK_R)[:, None]
+        col = tl.arange(0, BLOCK_C)[None, :]
+        start = source + first * tl.full([], WIDTH, tl.int64)
+        rows = tl.load(start + (row * WIDTH + col), mask=(row < ROWS - first) & (col < WIDTH), other=0)
+    return rows
 
 
 @triton.jit
@@ -153,6 +176,20 @@ def add_shares(
             tile *= tl.exp2(shift - top[:, None])[:, :, None]
         result += tl.sum(tile, axis=1)
     return result
+
+
+def row_blocks(
+    rows: Sequence[Tensor],  # (ROWS, WIDTH), contiguous
+    heights: Sequence[int],  # of the blocks that a kernel loads
+    block_c: int,
+    tma: bool,
+) -> list:
+    """What ``load_rows`` takes."""
+    if not tma:
+        return list(rows)
+    return [
+        TensorDescriptor.from_tensor(r, [height, block_c]) for r, height in zip(rows, heights, strict=True)
+    ]
 
 
 def finishing_blocks(rows: int, block_c: int, device: torch.device) -> tuple[int, int]:

@@ -12,14 +12,17 @@ Reference: moco_fast/reference.py::enqueue_.  Tests: tests/test_enqueue.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moco_fast.kernels.common import row_norms, unit_rows
 
-# Elements of keys per program; the rest follows from the width. Not measured on a GPU yet.
-TILES = {"elements": 2048, "warps": 4}
+# (elements of keys per program, warps), whatever the width. Not measured on a GPU yet.
+TILES = {"rows": (2048, 4)}
 
 
 @triton.jit
@@ -56,17 +59,35 @@ def _advance(ptr, N, K):
 
 
 def enqueue_(
-    queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None, order: Tensor | None = None
+    queue: Tensor,  # (K, C), contiguous
+    ptr: Tensor,  # (1,)
+    keys: Tensor,  # (N, C)
+    mirror: Tensor | None = None,  # (K, C), contiguous
+    order: Tensor | None = None,  # (N,)
+    tiles: tuple[int, int] | None = None,
 ) -> None:
-    """See :func:`moco_fast.reference.enqueue_`; queue and mirror are contiguous."""
+    """See :func:`moco_fast.reference.enqueue_`; ``tiles`` in place of the table's entry."""
     keys = keys.contiguous()
     count, features = keys.shape
     block_c = triton.next_power_of_2(features)
-    block_r = max(1, TILES["elements"] // block_c)
+    elements, warps = tiles or TILES["rows"]
+    block_r = max(1, elements // block_c)
     _write[(triton.cdiv(count, block_r),)](
         queue, queue if mirror is None else mirror, ptr, keys,
         ptr if order is None else order.contiguous(), count, queue.shape[0], features,
         HAS_MIRROR=mirror is not None, HAS_ORDER=order is not None, BLOCK_R=block_r, BLOCK_C=block_c,
-        num_warps=TILES["warps"], enable_fp_fusion=True,
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     _advance[(1,)](ptr, count, queue.shape[0])
+
+
+CANDIDATES = {
+    "rows": [(elements, warps) for elements in (128, 256, 512, 1024, 2048, 4096) for warps in (1, 2, 4, 8)]
+}
+
+
+def tune_case(key: str, slots: int = 65536, device: str = "cuda") -> Callable[[tuple], Callable[[], None]]:
+    """What bench/tune.py times: 256 keys of 128 features into a queue with a 16-bit mirror."""
+    queue, keys = torch.zeros(slots, 128, device=device), torch.randn(256, 128, device=device)
+    ptr, mirror = torch.zeros(1, dtype=torch.int64, device=device), queue.half()
+    return lambda tiles: lambda: enqueue_(queue, ptr, keys, mirror, tiles=tiles)

@@ -32,7 +32,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moco_fast.kernels.common import (
     FIXED_SHIFT_FROM,
@@ -42,10 +41,12 @@ from moco_fast.kernels.common import (
     exp2_scaled,
     finishing_blocks,
     has_tma,
+    load_rows,
     multiprocessors,
     operand_dtype,
     padded_features,
     product,
+    row_blocks,
     row_norms,
     shares_of,
     store_operand,
@@ -102,26 +103,9 @@ def _prepare(
 
 
 @triton.jit
-def _rows(
-    source,  # (ROWS, WIDTH): a descriptor of blocks (BLOCK_R, BLOCK_C) if TMA, else a pointer
-    first, ROWS,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Rows ``first`` to ``first + BLOCK_R``, zero beyond the last row and the last column."""
-    if TMA:
-        rows = source.load([first, 0])
-    else:
-        row = tl.arange(0, BLOCK_R)[:, None]
-        col = tl.arange(0, BLOCK_C)[None, :]
-        start = source + first * tl.full([], WIDTH, tl.int64)
-        rows = tl.load(start + (row * WIDTH + col), mask=(row < ROWS - first) & (col < WIDTH), other=0)
-    return rows
-
-
-@triton.jit
 def _walk(
     q, q_low,  # (BLOCK_M, BLOCK_C) operands
-    queue,  # (K, WIDTH), see _rows
+    queue,  # (K, WIDTH), see load_rows()
     positive,  # (BLOCK_M,) fp32
     first, last, K, scale, fixed_shift,
     WIDTH: tl.constexpr, TMA: tl.constexpr, OFFSET: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
@@ -136,7 +120,7 @@ def _walk(
     cosines = tl.zeros((M,), tl.float32)
     above = tl.zeros((M,), tl.int32)
     for tile in range(first, last):
-        rows = _rows(queue, tile * BLOCK_N, K, WIDTH, BLOCK_N, q.shape[1], TMA)
+        rows = load_rows(queue, tile * BLOCK_N, K, WIDTH, BLOCK_N, q.shape[1], TMA)
         n = rows.to(q.dtype)
         n_low = (rows.to(tl.float32) - n.to(tl.float32)).to(q.dtype) if SPLIT_QUEUE else n
         s = tl.zeros((M, BLOCK_N), tl.float32)
@@ -169,8 +153,8 @@ def _walk(
 
 @triton.jit
 def _sweep(
-    q_high, q_low,  # (N, WIDTH) operands, see _rows
-    queue,  # (K, WIDTH), see _rows
+    q_high, q_low,  # (N, WIDTH) operands, see load_rows()
+    queue,  # (K, WIDTH), see load_rows()
     pos,  # (N,) fp32
     sums,  # (SHARES, N, C) fp32, if DQ
     totals, shifts, cosines,  # (SHARES, N) fp32; cosines if SUMS
@@ -184,8 +168,8 @@ def _sweep(
     block, share = tl.program_id(0), tl.program_id(1)
     first = share * steps_per_share
     last = tl.minimum(first + steps_per_share, tl.cdiv(K, BLOCK_N))
-    q = _rows(q_high, block * BLOCK_M, N, WIDTH, BLOCK_M, BLOCK_C, TMA)
-    q_rest = _rows(q_low, block * BLOCK_M, N, WIDTH, BLOCK_M, BLOCK_C, TMA) if SPLIT else q
+    q = load_rows(q_high, block * BLOCK_M, N, WIDTH, BLOCK_M, BLOCK_C, TMA)
+    q_rest = load_rows(q_low, block * BLOCK_M, N, WIDTH, BLOCK_M, BLOCK_C, TMA) if SPLIT else q
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     positive = tl.load(pos + row, mask=row < N, other=0)
     acc, total, shift, cosine, above = _walk(
@@ -348,20 +332,14 @@ def info_nce(
     rank, neg = scratch(stats, dtype=torch.int64), scratch(n if sums_wanted else 0)
 
     rows = max(1, 4096 // block_c)
-    operands: list = [q_high, q_low, queue]
     tma = has_tma(q.device)
-    if tma:
-        heights = block_m, block_m, block_n
-        operands = [
-            TensorDescriptor.from_tensor(x, [h, block_c]) for x, h in zip(operands, heights, strict=True)
-        ]
     block_r, chunk = finishing_blocks(n, block_c, q.device)
     _prepare[(triton.cdiv(n, rows),)](
         q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
         WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
     )  # fmt: skip
     _sweep[(blocks, shares)](
-        *operands,
+        *row_blocks((q_high, q_low, queue), (block_m, block_m, block_n), block_c, tma),
         pos, sums, totals, shifts, cosines, ranks,
         n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
         WIDTH=width, TMA=tma, OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,

@@ -8,6 +8,8 @@ Reference: moco_fast/reference.py::take_rows.  Tests: tests/test_take_rows.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from torch import Tensor
 from moco_fast import reference
 
 # Words of a row per program, and warps. Not measured on a GPU yet.
-TILES = {"words": 2048, "warps": 4}
+TILES = {"rows": (2048, 4)}
 
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -37,17 +39,32 @@ def _take_rows(
     tl.store(out + row * width + col, word, mask=col < width)
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """See :func:`moco_fast.reference.take_rows`."""
+def take_rows(
+    x: Tensor,  # (R, ...), contiguous or channels_last
+    index: Tensor,  # (M,)
+    tiles: tuple[int, int] | None = None,
+) -> Tensor:
+    """See :func:`moco_fast.reference.take_rows`; ``tiles`` in place of the table's entry."""
     out = reference.empty_rows(x, index.shape[0])
     rows, taken = reference.flat_rows(x), reference.flat_rows(out)
     size = rows.shape[1] * x.element_size()
     word = next(bytes for bytes in WORDS if size % bytes == 0 and rows.data_ptr() % bytes == 0)
     width = size // word
-    block = min(TILES["words"], triton.next_power_of_2(width))
+    words, warps = tiles or TILES["rows"]
+    block = min(words, triton.next_power_of_2(width))
     if len(index):
         _take_rows[(len(index), triton.cdiv(width, block))](
             rows.view(WORDS[word]), index.contiguous(), taken.view(WORDS[word]), width,
-            BLOCK=block, num_warps=TILES["warps"],
+            BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return out
+
+
+CANDIDATES = {"rows": [(words, warps) for words in (256, 512, 1024, 2048, 4096) for warps in (1, 2, 4, 8)]}
+
+
+def tune_case(key: str, pixels: int = 224, device: str = "cuda") -> Callable[[tuple], Callable[[], Tensor]]:
+    """What bench/tune.py times: a batch of 256 uint8 images in another order."""
+    x = torch.zeros(256, 3, pixels, pixels, dtype=torch.uint8, device=device)
+    index = torch.randperm(256, device=device)
+    return lambda tiles: lambda: take_rows(x, index, tiles)

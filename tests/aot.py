@@ -5,17 +5,29 @@ set TRITON_INTERPRET, under which nothing is compiled.
 """
 
 import json
+import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moco_fast.kernels import ema_update, enqueue, info_nce, split_batch_norm, take_rows
+from moco_fast.kernels import (
+    ema_update,
+    enqueue,
+    info_nce,
+    pairs,
+    pairs_kernels,
+    split_batch_norm,
+    take_rows,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HOPPER, AMPERE = 90, 80
@@ -54,6 +66,8 @@ def compiled(kernel, types, constants, warps, stages, capability, multiples=()):
         "hmma": r"\bHMMA\b",
         "arrive": r"\bWARPGROUP\.ARRIVE\b",
         "tma": r"\bUTMALDG\b",
+        "async_copies": r"\bLDGSTS\b",
+        "narrow_loads": r"\bLDG\.E\.[US](8|16)\b",
         "wide_loads": r"\bLDG\.E\.128\b",
         "wide_stores": r"\bSTG\.E\.128\b",
     }
@@ -92,15 +106,12 @@ def sweep(
 def info_nce_cases():
     """Every entry of the tables, every form at the headline width, and the extremes on Ampere."""
     for (rows, features), tiles in info_nce.TILES.items():
-        yield f"{rows} {features}", lambda t=tiles, f=features: sweep(t, f, HOPPER)
+        yield f"{rows} {features}", partial(sweep, tiles, features, HOPPER)
         if rows == "many" and features >= 64:
             older = info_nce.OLDER_TILES.get(features, tiles)
-            yield f"{rows} {features} sm_80", lambda t=older, f=features: sweep(t, f, AMPERE)
+            yield f"{rows} {features} sm_80", partial(sweep, older, features, AMPERE)
     for features, tiles in info_nce.SPLIT_TILES.items():
-        yield (
-            f"wide highest {features}",
-            lambda t=tiles, f=features: sweep(t, f, AMPERE, split=True, queue="fp32"),
-        )
+        yield f"wide highest {features}", partial(sweep, tiles, features, AMPERE, split=True, queue="fp32")
     forms = {
         "online": {"online": True},
         "fp32 queue": {"queue": "fp32"},
@@ -112,94 +123,135 @@ def info_nce_cases():
         "ragged K": {"even": False},
     }
     for name, form in forms.items():
-        yield f"many 128 {name}", lambda f=form: sweep(info_nce.TILES["many", 128], 128, HOPPER, **f)
+        yield f"many 128 {name}", partial(sweep, info_nce.TILES["many", 128], 128, HOPPER, **form)
 
 
-def ema_update_cases():
-    """Every entry of the table, for tensors that start on 16 bytes."""
+# The passes over pairs that the ops are made of, by what asks for them.
+PASSES = {  # SECOND, PAIRED, GRADIENT
+    "nt_xent loss": (False, True, False),
+    "nt_xent gradient": (True, True, True),
+    "contrast": (False, False, True),
+    "contrast dk": (True, False, True),
+}
+
+
+def pairs_sweep(tiles, features, capability, name, *, bounded=True, split=False, operand="fp16"):
+    """``pairs_kernels.sweep`` in one of its forms; products per tile, for what to expect of it."""
+    second, paired, gradient = PASSES[name]
+    block_m, block_n, warps, stages, _ = tiles
+    tma = capability >= HOPPER
+    types = {
+        **{
+            f"{side}_{part}": f"tensordesc<{operand}[{height},{features}]>" if tma else f"*{operand}"
+            for side, height in (("x", block_m), ("y", block_n))
+            for part in ("high", "rest")
+        },
+        **dict.fromkeys(("x_log2_sum", "y_log2_sum", "sums", "totals", "shifts"), "*fp32"),
+        **dict.fromkeys(("R", "M", "C", "X_PADDED", "Y_PADDED", "first", "tiles_per_share"), "i32"),
+        **dict.fromkeys(("scale", "fixed_shift"), "fp32"),
+    }
+    dtype = torch.bfloat16 if operand == "bf16" else torch.float16
+    constants = {
+        "WIDTH": features, "TMA": tma, "OFFSET": pairs.OFFSET[dtype][second] if gradient else 0.0,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": features,
+        "SECOND": second, "PAIRED": paired, "BOUNDED": bounded, "SPLIT": split, "GRADIENT": gradient,
+    }  # fmt: skip
+    found = compiled(pairs_kernels.sweep, types, constants, warps, stages, capability)
+    return found | {"products": (1 + gradient) * (3 if split else 1)}
+
+
+def pairs_cases():
+    """Every entry of the tables in the form that needs most registers, every form at the headline width."""
+    for kind, features in pairs.TILES:
+        name = "nt_xent gradient" if "gradient" in kind else "nt_xent loss"
+        for capability in (HOPPER, AMPERE):
+            tiles = pairs.tiles_for(kind, features, capability >= HOPPER)
+            yield (
+                f"{kind} {features}{'' if capability >= HOPPER else ' sm_80'}",
+                partial(pairs_sweep, tiles, features, capability, name, split="split" in kind),
+            )
+    for name, (*_, gradient) in PASSES.items():
+        for split in (False, True):
+            tiles = pairs.TILES["split " * split + ("gradient" if gradient else "sums"), 128]
+            for bounded in (True, False):
+                if name == "contrast dk" and not bounded:
+                    continue  # given the log-sum-exps of the columns alone, there is no maximum
+                label = f"{name}{', highest' * split}{', running maximum' * (not bounded)}"
+                yield label, partial(pairs_sweep, tiles, 128, HOPPER, name, bounded=bounded, split=split)
+    medium = partial(pairs_sweep, operand="bf16")
+    yield (
+        "nt_xent gradient, medium",
+        partial(medium, pairs.TILES["gradient", 128], 128, HOPPER, "nt_xent gradient"),
+    )
+
+
+def ema(size):
+    """``ema_update._ema_update`` with the tiles of an element size, for tensors that start on 16 bytes."""
+    block, warps = ema_update.TILES[size]
+    dtype = {8: tl.float64, 4: tl.float32, 2: tl.bfloat16}[size]
     types = {"table": "*i64", "m": "*fp64", "keep": "fp32", "take": "fp32"}
-    for size, (block, warps) in ema_update.TILES.items():
-        dtype = {8: tl.float64, 4: tl.float32, 2: tl.bfloat16}[size]
-        constants = {
-            "STATE": dtype, "SOURCE": dtype, "COPY": dtype, "HAS_COPY": False,
-            "M_ON_DEVICE": True, "ALIGNED": True, "BLOCK": block,
-        }  # fmt: skip
-        yield (
-            f"{size} bytes",
-            lambda c=constants, w=warps: compiled(ema_update._ema_update, types, c, w, 3, HOPPER),
-        )
+    constants = {
+        "STATE": dtype, "SOURCE": dtype, "COPY": dtype, "HAS_COPY": False,
+        "M_ON_DEVICE": True, "ALIGNED": True, "BLOCK": block,
+    }  # fmt: skip
+    return compiled(ema_update._ema_update, types, constants, warps, 3, HOPPER)
 
 
-def enqueue_cases():
-    """The kernel that writes, at the headline width."""
+def write(capability):
+    """``enqueue._write`` at the headline width."""
+    elements, warps = enqueue.TILES["rows"]
     types = {"queue": "*fp32", "mirror": "*fp16", "ptr": "*i64", "keys": "*fp32", "order": "*i64"}
     types |= dict.fromkeys(("N", "K", "C"), "i32")
-    constants = {
-        "HAS_MIRROR": True,
-        "HAS_ORDER": True,
-        "BLOCK_R": enqueue.TILES["elements"] // 128,
-        "BLOCK_C": 128,
-    }
-    for capability in (AMPERE, HOPPER):
-        yield (
-            f"sm_{capability}",
-            lambda c=capability: compiled(enqueue._write, types, constants, enqueue.TILES["warps"], 3, c),
-        )
+    constants = {"HAS_MIRROR": True, "HAS_ORDER": True, "BLOCK_R": elements // 128, "BLOCK_C": 128}
+    return compiled(enqueue._write, types, constants, warps, 3, capability)
 
 
-def take_rows_cases():
-    """Words of 8 bytes, of rows that fill whole programs."""
+def take(capability):
+    """``take_rows._take_rows`` of rows of 8-byte words that fill whole programs."""
+    words, warps = take_rows.TILES["rows"]
     types = {"x": "*i64", "index": "*i64", "out": "*i64", "width": "i32"}
-    tiles = take_rows.TILES
-    for capability in (AMPERE, HOPPER):
-        yield (
-            f"sm_{capability}",
-            lambda c=capability: compiled(
-                take_rows._take_rows, types, {"BLOCK": tiles["words"]}, tiles["warps"], 3, c
-            ),
-        )
+    return compiled(take_rows._take_rows, types, {"BLOCK": words}, warps, 3, capability)
 
 
-def split_batch_norm_cases():
-    """All four kernels in both layouts, bf16 with fp32 weights; also sizes of 1, which become constants."""
-    kernels = {name: getattr(split_batch_norm, f"_{name}") for name in ("statistics", "normalise", "sums")}
-    kernels["gradient"] = split_batch_norm._gradient
+def batch_norm(name, layout, rows, capability):
+    """A kernel of ``split_batch_norm`` for bf16 and fp32 weights; with one row, sizes of 1 are constants."""
+    kernel = getattr(split_batch_norm, name)
+    elements, columns, warps, _ = split_batch_norm.TILES[layout]
     types = dict.fromkeys(("x", "y", "dy", "dx"), "*bf16") | {"eps": "fp32"}
     types |= dict.fromkeys(("weight", "bias", "found", "means", "variances", "dw", "db"), "*fp32")
     types |= dict.fromkeys(("R", "C", "L", "ALONG", "steps", "shares"), "i32")
-    for layout, (elements, columns, warps, _) in split_batch_norm.TILES.items():
-        for rows in ("many", "one"):
-            known = {"L": 1, "ALONG": 1} if layout == "together" else {}
-            known |= {"R": 1, "steps": 1, "shares": 1} if rows == "one" else {}
-            constants = known | {
-                "HAS_WEIGHT": True, "HAS_BIAS": True, "TOGETHER": layout == "together",
-                "CHUNK": split_batch_norm.SHARES, "BLOCK_X": columns,
-                "BLOCK_R": elements // columns if rows == "many" else 1,
-            }  # fmt: skip
-            for name, kernel in kernels.items():
-                for capability in (AMPERE, HOPPER) if rows == "many" else (HOPPER,):
-                    given = {
-                        arg: kind
-                        for arg, kind in types.items()
-                        if arg in kernel.arg_names and arg not in known
-                    }
-                    yield (
-                        f"{name} {layout} {rows} sm_{capability}",
-                        lambda k=kernel, g=given, c=constants, w=warps, cc=capability: compiled(
-                            k, g, c, w, 3, cc, multiples={"C", "L"} & g.keys()
-                        ),
-                    )
+    known = {"L": 1, "ALONG": 1} if layout == "together" else {}
+    known |= {"R": 1, "steps": 1, "shares": 1} if rows == "one" else {}
+    types = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names and arg not in known}
+    constants = known | {
+        "HAS_WEIGHT": True, "HAS_BIAS": True, "TOGETHER": layout == "together",
+        "CHUNK": split_batch_norm.SHARES, "BLOCK_X": columns,
+        "BLOCK_R": elements // columns if rows == "many" else 1,
+    }  # fmt: skip
+    return compiled(kernel, types, constants, warps, 3, capability, multiples={"C", "L"} & types.keys())
+
+
+def split_batch_norm_cases():
+    """All kernels in both layouts."""
+    for layout in split_batch_norm.TILES:
+        for name in ("_statistics", "_normalise", "_sums", "_gradient"):
+            for rows, capability in (("many", AMPERE), ("many", HOPPER), ("one", HOPPER)):
+                label = f"{name.strip('_')} {layout} {rows} sm_{capability}"
+                yield label, partial(batch_norm, name, layout, rows, capability)
 
 
 CASES = {
     "info_nce": info_nce_cases,
-    "ema_update": ema_update_cases,
-    "enqueue": enqueue_cases,
-    "take_rows": take_rows_cases,
+    "pairs": pairs_cases,
+    "ema_update": lambda: ((f"{size} bytes", partial(ema, size)) for size in ema_update.TILES),
+    "enqueue": lambda: ((f"sm_{capability}", partial(write, capability)) for capability in (AMPERE, HOPPER)),
+    "take_rows": lambda: ((f"sm_{capability}", partial(take, capability)) for capability in (AMPERE, HOPPER)),
     "split_batch_norm": split_batch_norm_cases,
 }
 
 if __name__ == "__main__":
-    for op, cases in CASES.items():
-        for label, compile_it in cases():
-            print(json.dumps({"op": op, "label": label, **compile_it()}), flush=True)
+    todo = [(op, *case) for op, cases in CASES.items() for case in cases()]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        running = [pool.submit(compile_it) for _, _, compile_it in todo]
+        for (op, label, _), found in zip(todo, running, strict=True):
+            print(json.dumps({"op": op, "label": label, **found.result()}), flush=True)

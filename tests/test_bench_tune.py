@@ -7,11 +7,15 @@ import sys
 
 import pytest
 import torch
-from rich.console import Console
+from conftest import interpreter_fault
 
 import moco_fast.kernels
+from moco_fast.kernels import backend
 
 pytest.importorskip("rich")
+pytest.importorskip("triton")
+
+from rich.console import Console
 
 from bench import tune
 
@@ -127,3 +131,63 @@ def test_what_cannot_be_tuned_is_refused(kernel, monkeypatch):
 
 def test_all_that_can_be_tuned_is_found(kernel):
     assert "fake_op" in tune.tunable()
+
+
+KERNELS = ["ema_update", "enqueue", "info_nce", "pairs", "split_batch_norm", "take_rows"]
+
+
+def test_kernels_that_can_be_tuned():
+    assert tune.tunable() == KERNELS
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_class_has_candidates_and_the_tiles_of_now_among_them(name):
+    module = importlib.import_module(f"moco_fast.kernels.{name}")
+    assert module.CANDIDATES.keys() == module.TILES.keys()
+    for key, tiles in module.TILES.items():
+        candidates = module.CANDIDATES[key]
+        assert tiles in candidates and 2 <= len(set(candidates)) == len(candidates), (key, tiles)
+
+
+@pytest.fixture
+def interpreter():
+    if reason := backend.cannot_serve("nt_xent", (torch.empty((1, 1)),)) or interpreter_fault():
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("key", [("sums", 32), ("gradient", 64), ("split sums", 32), ("split gradient", 32)])
+def test_pairs_runs_the_tiles_it_is_given(interpreter, key, monkeypatch):
+    """The same sums from other tiles; the tables are not asked."""
+    from moco_fast.kernels import pairs
+
+    launch = pairs.tune_case(key, rows=150, device="cpu")
+    wanted = launch(pairs.TILES[key])()
+    monkeypatch.setattr(pairs, "tiles_for", lambda *_: pytest.fail("the tables were asked"))
+    found = launch((64, 32, 4, 2, 1))()
+    part = "totals" if "sums" in key[0] else "sums"
+    got, want = (getattr(partial, part).sum(dim=0) for partial in (found, wanted))
+    assert (got - want).norm() <= 1e-3 * want.norm() > 0  # weights are rounded to fp16
+
+
+def test_enqueue_runs_the_tiles_it_is_given(interpreter, monkeypatch):
+    from moco_fast.kernels import enqueue
+
+    written = []
+    monkeypatch.setattr(enqueue, "enqueue_", lambda queue, ptr, keys, mirror, *, tiles: written.append(tiles))
+    enqueue.tune_case("rows", slots=300, device="cpu")((256, 2))()
+    assert written == [(256, 2)]
+    monkeypatch.undo()
+    keys = torch.randn(5, 16)
+    queues = torch.zeros(2, 7, 16)
+    for queue, tiles in zip(queues, (None, (32, 1)), strict=True):
+        enqueue.enqueue_(queue, torch.tensor([4]), keys, tiles=tiles)
+    assert torch.equal(queues[0], queues[1]) and queues[0].any(dim=1).sum() == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_present_tiles_run_on_the_gpu(name):
+    module = importlib.import_module(f"moco_fast.kernels.{name}")
+    for key, tiles in module.TILES.items():
+        module.tune_case(key)(tiles)()
+    torch.cuda.synchronize()

@@ -259,6 +259,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
                     images = batch.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
                     aspect = None if batch.aspect is None else batch.aspect.to(device)
                     im_q, im_k = views(images, randomness, aspect, (rank(), world_size()))
+                    if config.bf16:  # as autocast would round them, but before they travel
+                        im_q, im_k = im_q.bfloat16(), im_k.bfloat16()
                     optimizer.zero_grad()
                     pending.append(_forward_backward(replica, im_q, im_k, config, device))
                     optimizer.step()

@@ -6,6 +6,8 @@ Without torchrun's variables there is one process, and nothing here does anythin
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,8 +24,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(
     hours=2
 )  # with a rank that evaluates, downloads or compiles; a dead one is noticed at once
-NOTICE_SECONDS = 10.0  # for every rank to say that it is still there after a failure
-_ENDED = "moco_fast/ended/"
+NOTICE_SECONDS = 5.0  # for every rank to say that it is still there after a failure
+_ENDED = "ended/"
 _LOST = "lost touch with the others"
 _store: Any = None
 
@@ -66,7 +68,9 @@ def joined(device: str) -> Iterator[None]:
         yield
         return
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    _store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    # torchrun's store may outlive a restart, and then holds the addresses of processes that are gone.
+    _store = dist.PrefixStore(f"moco_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}", store)
     if on_gpu and torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     dist.init_process_group(
@@ -75,6 +79,9 @@ def joined(device: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # torchrun ends the others as soon as it misses one: not before they have found out which.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         why = _LOST if _is_loss_of_contact(error) else f"{type(error).__name__}: {error}"
         _say(_ENDED + str(rank), why)
         dist.destroy_process_group()  # closes connections: whoever waits for this rank learns of it at once
