@@ -7,6 +7,7 @@ from bench import (
     bench_fused_step,
     bench_info_nce,
     bench_nt_xent,
+    bench_split_batch_norm,
     bench_take_rows,
 )
 
@@ -17,5 +18,6 @@ OPS = {
     "ema_update_": bench_ema_update,
     "fused step": bench_fused_step,
     "enqueue_": bench_enqueue,
+    "split_batch_norm": bench_split_batch_norm,
     "take_rows": bench_take_rows,
 }

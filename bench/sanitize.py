@@ -57,6 +57,17 @@ def main() -> None:
                 with moco_fast.use_backend(name):
                     moco_fast.take_rows(queue, torch.randint(len(queue), (n,), device=device))
                 calls += 1
+    for shape in ((6, 37, 5, 7), (260, 70), (4, 3, 33, 40)):
+        for dtype in DTYPES:
+            for last in (False, True):
+                x = torch.randn(shape, device=device, dtype=dtype)
+                x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+                x.requires_grad_()
+                weight, bias = (torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2))
+                for name in kernels("split_batch_norm", x):
+                    with moco_fast.use_backend(name):
+                        moco_fast.split_batch_norm(x, weight, bias, 2)[0].square().sum().backward()
+                    calls += 2
     start = [torch.randn(shape, device=device) for shape in ((37,), (5, 3, 3, 3), (1000, 7))]
     for optimizer in OPTIMIZERS:
         for name in kernels(f"{optimizer.lower()}_", *start) if hasattr(moco_fast, optimizer) else ():

@@ -18,6 +18,7 @@
 #include "enqueue.h"
 #include "info_nce.h"
 #include "sgd.h"
+#include "split_batch_norm.h"
 #include "take_rows.h"
 #if defined(MOCO_FAST_CUDA)
 #include "device.h"
@@ -263,6 +264,27 @@ void take_rows(Address rows, int64_t bytes, Address index, int64_t count, Addres
     mf::take_rows({at<char>(rows), bytes, at<int64_t>(index), count, at<char>(out), threads});
 }
 
+// (parts, rows, channels, run) and the dtype of all but the statistics
+using PyPartsShape = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+mf::PartsShape parts_shape(const PyPartsShape& sizes, int code) {
+    return std::apply([code](auto... size) { return mf::PartsShape{dtype(code), size...}; }, sizes);
+}
+
+void split_batch_norm(const PyPartsShape& shape, int dtype, Address x, Address weight, Address bias,
+                      double eps, Address y, Address mean, Address var, int threads) {
+    mf::split_batch_norm({parts_shape(shape, dtype), at<void>(x), at<float>(weight), at<float>(bias), eps,
+                          at<void>(y), at<float>(mean), at<float>(var), threads});
+}
+
+void split_batch_norm_backward(const PyPartsShape& shape, int dtype, Address dy, Address x, Address weight,
+                               Address mean, Address var, double eps, Address dx, Address dw, Address db,
+                               int threads) {
+    mf::split_batch_norm_backward({parts_shape(shape, dtype), at<void>(dy), at<void>(x), at<float>(weight),
+                                   at<float>(mean), at<float>(var), eps, at<void>(dx), at<float>(dw),
+                                   at<float>(db), threads});
+}
+
 // (name, "major.minor") of every CUDA device.
 std::vector<std::pair<std::string, std::string>> cuda_devices() {
     std::vector<std::pair<std::string, std::string>> devices;
@@ -366,6 +388,15 @@ PYBIND11_MODULE(_C, m) {
         "queue[(ptr + i) % K] <- keys_i / max(|keys_i|, 1e-12); ptr <- (ptr + N) % K. keys_i is row order[i] "
         "(0: row i). ptr is the address "
         "of an int64.");
+    m.def("split_batch_norm", &split_batch_norm, py::arg("shape"), py::arg("dtype"), py::arg("x"),
+          py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("y"), py::arg("mean"), py::arg("var"),
+          py::arg("threads"), Release(),
+          "y = (x - mean) / sqrt(var + eps) * weight + bias of x (S, R, C, L), with mean and var (S, C) f32 "
+          "over R\nand L; shape is (S, R, C, L), weight and bias (C) f32 or 0.");
+    m.def("split_batch_norm_backward", &split_batch_norm_backward, py::arg("shape"), py::arg("dtype"),
+          py::arg("dy"), py::arg("x"), py::arg("weight"), py::arg("mean"), py::arg("var"), py::arg("eps"),
+          py::arg("dx"), py::arg("dw"), py::arg("db"), py::arg("threads"), Release(),
+          "dx in the dtype of dy and x, dw and db (C) f32.");
     m.def("isas", &isa_names, "Instruction sets compiled in that this CPU runs, weakest first.");
     m.def(
         "isa", [] { return mf::isa_name(mf::selected_isa()); },

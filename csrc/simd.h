@@ -54,6 +54,56 @@ MOCO_FAST_INLINE Vec exp2_scaled(Vec x, float scale) {
     return Vec(Int(p * Vec(power)) & ~(n < -126.0f));
 }
 
+// 16-bit values as vectors. The scalar conversions of dtype.h, lane by lane.
+typedef uint16_t Short __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t ShortU __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+MOCO_FAST_INLINE Vec load(const bf16_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // which GCC would widen half by half
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return Vec(Bits(_mm256_cvtepu16_epi32(bits)) << 16);
+#else
+    const Short bits = *reinterpret_cast<const ShortU*>(p);
+    return Vec(__builtin_convertvector(bits, Bits) << 16);
+#endif
+}
+
+MOCO_FAST_INLINE void store(bf16_t* p, Vec v) {
+    const Bits u = Bits(v);
+    const Bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    const Bits nan = Bits(v != v);
+    const Bits chosen = (rounded & ~nan) | (0x7fc0u & nan);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i packed = _mm256_packus_epi32(__m256i(chosen), __m256i(chosen));  // in each half
+    const __m256i joined = _mm256_permute4x64_epi64(packed, 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(joined));
+#else
+    *reinterpret_cast<ShortU*>(p) = __builtin_convertvector(chosen, Short);
+#endif
+}
+
+MOCO_FAST_INLINE Vec load(const f16_t* p) {
+#if defined(__AVX512F__)
+    return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+    return v;
+#endif
+}
+
+MOCO_FAST_INLINE void store(f16_t* p, Vec v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes; ++i) from_float(v[i], p[i]);
+#endif
+}
+
 // Widen `size` values to fp32.
 MOCO_FAST_INLINE void widen(const bf16_t* from, float* to, int64_t size) {
     for (int64_t i = 0; i < size; ++i) to[i] = to_float(from[i]);

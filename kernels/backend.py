@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moco_fast import reference
 
-OPS = ("info_nce", "nt_xent", "contrast", "ema_update_", "enqueue_", "take_rows")
+OPS = ("info_nce", "nt_xent", "contrast", "ema_update_", "enqueue_", "take_rows", "split_batch_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
 HOLDS_ROWS = ("info_nce", "nt_xent", "contrast")  # ops whose kernels hold whole rows in registers
@@ -118,3 +118,23 @@ def contrast(
 
     with _on_device_of(q):
         return contrast(q, k, temperature, labels, precision, need_dq, need_dk)
+
+
+def split_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, splits: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.split_batch_norm`."""
+    from moco_fast.kernels.split_batch_norm import split_batch_norm
+
+    with _on_device_of(x):
+        return split_batch_norm(x, weight, bias, splits, eps)
+
+
+def split_batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.split_batch_norm_backward`."""
+    from moco_fast.kernels.split_batch_norm import split_batch_norm_backward
+
+    with _on_device_of(x):
+        return split_batch_norm_backward(dy, x, weight, mean, var, eps)

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from moco_fast.backends import use_backend
     from moco_fast.models.moco import MoCo
     from moco_fast.norm import SplitBatchNorm
-    from moco_fast.ops import InfoNCEStats, contrast, ema_update_, enqueue_, info_nce, nt_xent, take_rows
+    from moco_fast.ops import (
+        InfoNCEStats,
+        contrast,
+        ema_update_,
+        enqueue_,
+        info_nce,
+        nt_xent,
+        split_batch_norm,
+        take_rows,
+    )
     from moco_fast.optim import LARS, SGD, AdamW
     from moco_fast.queue import KeyQueue
 
@@ -31,6 +40,7 @@ __all__ = [
     "enqueue_",
     "info_nce",
     "nt_xent",
+    "split_batch_norm",
     "take_rows",
     "use_backend",
 ]
@@ -49,6 +59,7 @@ _HOME = {
     "enqueue_": "ops",
     "info_nce": "ops",
     "nt_xent": "ops",
+    "split_batch_norm": "ops",
     "take_rows": "ops",
     "use_backend": "backends",
 }

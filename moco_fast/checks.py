@@ -270,6 +270,41 @@ def _check_pair(i: int, first: Tensor, target: object, source: object) -> None:
         )
 
 
+def split_batch_norm(
+    x: object, weight: object, bias: object, splits: object, eps: object
+) -> tuple[Tensor, Tensor | None, Tensor | None, int, float]:
+    """Check the arguments of :func:`moco_fast.split_batch_norm`."""
+    x = tensor("x", x, ndim=x.ndim if isinstance(x, Tensor) else 2)
+    splits, eps = count("splits", splits), not_negative("eps", eps)
+    if x.ndim < 2:
+        raise ValueError(f"x must have at least 2 dimensions (N, C, ...), got shape {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    if channels == 0:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
+    if batch % splits:
+        raise ValueError(f"splits={splits} must divide the batch, got {batch} samples")
+    if x.numel() <= splits * channels:  # torch's own words, for the same mistake
+        raise ValueError(
+            f"Expected more than 1 value per channel in each of splits={splits} parts of the batch, "
+            f"got x of shape {tuple(x.shape)}"
+        )
+    return x, _per_channel("weight", weight, x), _per_channel("bias", bias, x), splits, eps
+
+
+def _per_channel(name: str, value: object, x: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    value = tensor(name, value, ndim=1)
+    if value.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"{name} must have shape ({x.shape[1]},) to match x {tuple(x.shape)}, got {tuple(value.shape)}"
+        )
+    if value.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{name} must be torch.float32 or have the dtype of x, {x.dtype}, got {value.dtype}")
+    same_device("x", x, name, value)
+    return value
+
+
 def finite(**tensors: Tensor) -> None:
     """Raise ValueError if a tensor holds NaN or infinity, naming it and its first bad row.
 

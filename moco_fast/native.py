@@ -34,7 +34,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # Ops over lists of tensors, the optimizers' steps among them: kernels for CPU and GPU, also in float64.
 MULTI_TENSOR = ("ema_update_", "sgd_", "adamw_")
 ROWS = ("take_rows",)  # of any dtype: bytes are moved, not numbers
-OPS = ("info_nce", "enqueue_", *ROWS, *MULTI_TENSOR)
+OPS = ("info_nce", "enqueue_", *ROWS, *MULTI_TENSOR, "split_batch_norm")
 
 # Device types as DLPack numbers them.
 DEVICES = {"cpu": 1, "cuda": 2}
@@ -310,3 +310,46 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def split_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, splits: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.split_batch_norm`."""
+    x, shape = _parts(x, splits)
+    weight, bias = _in_fp32(weight), _in_fp32(bias)
+    y, mean, var = torch.empty_like(x), *(torch.empty(splits, shape[2], **FP32) for _ in range(2))
+    _C.split_batch_norm(
+        shape, DTYPES[x.dtype], x.data_ptr(), _address(weight), _address(bias), eps,
+        y.data_ptr(), mean.data_ptr(), var.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, var
+
+
+def split_batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.split_batch_norm_backward`."""
+    x, shape = _parts(x, len(mean))
+    dy, weight = reference.like(dy, x), _in_fp32(weight)
+    dx, dw, db = torch.empty_like(x), *(torch.empty(shape[2], **FP32) for _ in range(2))
+    _C.split_batch_norm_backward(
+        shape, DTYPES[x.dtype], dy.data_ptr(), x.data_ptr(), _address(weight), mean.data_ptr(),
+        var.data_ptr(), eps, dx.data_ptr(), dw.data_ptr(), db.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dw, db
+
+
+def _parts(x: Tensor, splits: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """A dense tensor, and its parts, rows of each, channels and run as it lies in memory."""
+    x = reference.dense(x)
+    rows, run = reference.runs(x)
+    return x, (splits, rows // splits, x.shape[1], run)
+
+
+def _in_fp32(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float().contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

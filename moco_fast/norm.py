@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco_fast import checks, distributed
+from moco_fast.ops import split_batch_norm
 
 
 class SplitBatchNorm(_BatchNorm):
@@ -21,7 +21,7 @@ class SplitBatchNorm(_BatchNorm):
     Source: the statistics that shuffling BN relies on, He et al. 2020, section 3.3.
 
     Raises:
-        ValueError: in training, a batch that ``splits`` does not divide.
+        ValueError: in training, a batch that ``splits`` does not divide, or parts of one value per channel.
     """
 
     def __init__(
@@ -41,39 +41,25 @@ class SplitBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         if x.shape[0] % self.splits:
             raise ValueError(f"bn_splits={self.splits} must divide the batch, got {x.shape[0]} samples")
-        parts = []
-        means, variances = [], []
-        for part in x.chunk(self.splits):
-            mean, var = self._running_copies()
-            parts.append(
-                F.batch_norm(part, mean, var, self.weight, self.bias, True, self._factor(), self.eps)
-            )
-            means.append(mean)
-            variances.append(var)
-        self._store(means, variances)
-        return torch.cat(parts)
+        y, mean, var = split_batch_norm(x, self.weight, self.bias, self.splits, self.eps)
+        self._track(mean, var, x.numel() // mean.numel())
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, splits={self.splits}"
 
-    def _factor(self) -> float:
-        if self.momentum is not None:
-            return self.momentum
-        # momentum=None asks for the cumulative average
-        return 0.0 if self.num_batches_tracked is None else 1.0 / (int(self.num_batches_tracked) + 1)
-
-    def _running_copies(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.running_mean is None or self.running_var is None:
-            return None, None
-        return self.running_mean.clone(), self.running_var.clone()
-
-    def _store(self, means: list, variances: list) -> None:
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, values: int) -> None:
+        """Move the running statistics towards the parts' mean, whose variances are over ``values`` each."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        with torch.no_grad():
-            self.running_mean.copy_(torch.stack(means).mean(0))
-            self.running_var.copy_(torch.stack(variances).mean(0))
-            self.num_batches_tracked += 1
+        self.num_batches_tracked += 1
+        unbiased = var.mean(0) * (values / (values - 1))
+        for running, found in ((self.running_mean, mean.mean(0)), (self.running_var, unbiased)):
+            factor: float | Tensor | None = self.momentum
+            if factor is None:  # the cumulative average; the count stays on its device
+                factor = self.num_batches_tracked.to(running.dtype).reciprocal()
+            running.lerp_(found.to(running.dtype), factor)
 
 
 def average_statistics_(module: nn.Module) -> None:

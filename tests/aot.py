@@ -19,7 +19,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moco_fast.kernels import ema_update, enqueue, info_nce, pairs, pairs_kernels, take_rows
+from moco_fast.kernels import (
+    ema_update,
+    enqueue,
+    info_nce,
+    pairs,
+    pairs_kernels,
+    split_batch_norm,
+    take_rows,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HOPPER, AMPERE = 90, 80
@@ -29,20 +37,21 @@ def tool(name, *arguments):
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compiled(kernel, types, constants, warps, stages, capability):
+def compiled(kernel, types, constants, warps, stages, capability, multiples=()):
     """Registers, local memory, shared memory and instructions of one kernel.
 
     Args:
         types: Triton type by argument; pointers count as 16-byte aligned, as torch allocates.
         constants: value by constexpr argument.
+        multiples: integers that count as multiples of 16.
     """
     names = kernel.arg_names
-    pointers = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in multiples]
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={name: constants[name] for name in names if name in constants},
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -204,12 +213,40 @@ def take(capability):
     return compiled(take_rows._take_rows, types, {"BLOCK": words}, warps, 3, capability)
 
 
+def batch_norm(name, layout, rows, capability):
+    """A kernel of ``split_batch_norm`` for bf16 and fp32 weights; with one row, sizes of 1 are constants."""
+    kernel = getattr(split_batch_norm, name)
+    elements, columns, warps, _ = split_batch_norm.TILES[layout]
+    types = dict.fromkeys(("x", "y", "dy", "dx"), "*bf16") | {"eps": "fp32"}
+    types |= dict.fromkeys(("weight", "bias", "found", "means", "variances", "dw", "db"), "*fp32")
+    types |= dict.fromkeys(("R", "C", "L", "ALONG", "steps", "shares"), "i32")
+    known = {"L": 1, "ALONG": 1} if layout == "together" else {}
+    known |= {"R": 1, "steps": 1, "shares": 1} if rows == "one" else {}
+    types = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names and arg not in known}
+    constants = known | {
+        "HAS_WEIGHT": True, "HAS_BIAS": True, "TOGETHER": layout == "together",
+        "CHUNK": split_batch_norm.SHARES, "BLOCK_X": columns,
+        "BLOCK_R": elements // columns if rows == "many" else 1,
+    }  # fmt: skip
+    return compiled(kernel, types, constants, warps, 3, capability, multiples={"C", "L"} & types.keys())
+
+
+def split_batch_norm_cases():
+    """All kernels in both layouts."""
+    for layout in split_batch_norm.TILES:
+        for name in ("_statistics", "_normalise", "_sums", "_gradient"):
+            for rows, capability in (("many", AMPERE), ("many", HOPPER), ("one", HOPPER)):
+                label = f"{name.strip('_')} {layout} {rows} sm_{capability}"
+                yield label, partial(batch_norm, name, layout, rows, capability)
+
+
 CASES = {
     "info_nce": info_nce_cases,
     "pairs": pairs_cases,
     "ema_update": lambda: ((f"{size} bytes", partial(ema, size)) for size in ema_update.TILES),
     "enqueue": lambda: ((f"sm_{capability}", partial(write, capability)) for capability in (AMPERE, HOPPER)),
     "take_rows": lambda: ((f"sm_{capability}", partial(take, capability)) for capability in (AMPERE, HOPPER)),
+    "split_batch_norm": split_batch_norm_cases,
 }
 
 if __name__ == "__main__":

@@ -78,3 +78,13 @@ def test_ema_update_moves_16_bytes_at_a_time(kernels):
     for label in ("2 bytes", "4 bytes"):
         kernel = kernels["ema_update", label]
         assert kernel["wide_loads"] >= 2 * kernel["wide_stores"] >= 2, (label, kernel)
+
+
+def test_split_batch_norm_moves_16_bytes_at_a_time(kernels):
+    """Where C and L are multiples of 16, whichever of them lies together."""
+    found = {label: kernel for (op, label), kernel in kernels.items() if op == "split_batch_norm"}
+    assert len(found) == 24
+    for label, kernel in found.items():
+        if "many" in label:
+            writes = "normalise" in label or "gradient" in label
+            assert kernel["wide_loads"] >= 2 and (kernel["wide_stores"] >= 1) == writes, (label, kernel)

@@ -132,7 +132,9 @@ def test_command_sets_the_openmp_policy_before_torch():
     assert python(program) == "False"
 
 
-@pytest.mark.parametrize("op", ["info_nce", "ema_update_", "enqueue_", "nt_xent", "contrast"])
+@pytest.mark.parametrize(
+    "op", ["info_nce", "ema_update_", "enqueue_", "nt_xent", "contrast", "split_batch_norm"]
+)
 def test_an_op_has_one_name_everywhere(op):
     """The steps of docs/adding-an-op.md."""
     name, root = op.rstrip("_"), ROOT.parent

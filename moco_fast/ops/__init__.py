@@ -4,8 +4,18 @@ Each op is opaque to torch.compile (fullgraph works), has a fake kernel and
 declares what it writes.
 """
 
+from moco_fast.ops.batch_norm import split_batch_norm
 from moco_fast.ops.ema_update import ema_update_
 from moco_fast.ops.losses import InfoNCEStats, contrast, info_nce, nt_xent
 from moco_fast.ops.rows import enqueue_, take_rows
 
-__all__ = ["InfoNCEStats", "contrast", "ema_update_", "enqueue_", "info_nce", "nt_xent", "take_rows"]
+__all__ = [
+    "InfoNCEStats",
+    "contrast",
+    "ema_update_",
+    "enqueue_",
+    "info_nce",
+    "nt_xent",
+    "split_batch_norm",
+    "take_rows",
+]
