@@ -9,7 +9,7 @@
 // graph sees it grow. Operations in the order of torch.optim.AdamW; low precision is computed in fp32 and
 // rounded when stored. With a key 36 bytes per fp32 parameter instead of 40.
 //
-// Reference: moco_fast/reference.py::adamw_.  Tests: tests/test_optim.py.
+// Reference: moco_fast.reference.adamw_.  Tests: tests/test_optim.py.
 #pragma once
 
 #include "rounding.h"

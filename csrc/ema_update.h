@@ -9,7 +9,7 @@
 // target <- round(master). A bf16 target by itself stops moving once (1 - m) * (source - target) is below
 // half a unit in its last place, at m = 0.999 at any difference below twice its value.
 //
-// Reference: moco_fast/reference.py::ema_update_.  Tests: tests/test_ema_update.py.
+// Reference: moco_fast.reference.ema_update_.  Tests: tests/test_ema_update.py.
 #pragma once
 
 #include "tensor_rows.h"

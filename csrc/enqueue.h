@@ -7,7 +7,7 @@
 //
 // Shapes: queue (K, C) contiguous rows; keys (N, C) contiguous; ptr one int64; order (N) int64, the key to
 // write i-th, or null for keys that are in order.
-// Reference: moco_fast/reference.py::enqueue_.  Tests: tests/test_enqueue.py.
+// Reference: moco_fast.reference.enqueue_.  Tests: tests/test_enqueue.py.
 #pragma once
 
 #include <cstdint>

@@ -12,7 +12,7 @@
 // EMA reads the parameters again. LARS reads param and grad twice. Its norms are sums of fixed parts in a
 // fixed order.
 //
-// Reference: moco_fast/reference.py::sgd_.  Tests: tests/test_optim.py.
+// Reference: moco_fast.reference.sgd_.  Tests: tests/test_optim.py.
 #pragma once
 
 #include "rounding.h"

@@ -13,7 +13,7 @@
 //
 // Shapes: x, y, dy, dx (S, R, C, L) contiguous, which is (N, C, L values) for contiguous tensors with R =
 // N/S, and with R = L N/S and L = 1 for channels-last ones; M = R L. weight, bias, dw, db (C); mean, var (S,
-// C). Reference: moco_fast/reference.py::split_batch_norm.  Tests: tests/test_split_batch_norm.py.
+// C). Reference: moco_fast.reference.split_batch_norm.  Tests: tests/test_split_batch_norm.py.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 // M rows are read and written once, each in one stretch: 2 M B bytes.
 //
 // Shapes: rows (R, B) bytes; index (M) int64 in [0, R); out (M, B), not overlapping rows.
-// Reference: moco_fast/reference.py::take_rows.  Tests: tests/test_take_rows.py.
+// Reference: moco_fast.reference.take_rows.  Tests: tests/test_take_rows.py.
 #pragma once
 
 #include <cstdint>

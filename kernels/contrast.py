@@ -12,7 +12,7 @@ roles exchanged and L given; see ``pairs``. D problems, such as the two directio
 of MoCo v3, share every launch. 4 D N M C FLOP and D N M exponentials, twice that
 with dk.
 
-Reference: moco_fast/reference.py::contrast.  Tests: tests/test_contrast.py.
+Reference: moco_fast.reference.contrast.  Tests: tests/test_contrast.py.
 """
 
 from __future__ import annotations

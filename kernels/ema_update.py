@@ -8,7 +8,7 @@ masters the state is the master, and the target gets a rounded copy.
 Arithmetic in fp32 (fp64 for fp64 tensors) as round(m * t) + round((1 - m) * s), without fused
 multiply-add: bitwise what torch gives for t * m + s * (1 - m).
 
-Reference: moco_fast/reference.py::ema_update_.  Tests: tests/test_ema_update.py.
+Reference: moco_fast.reference.ema_update_.  Tests: tests/test_ema_update.py.
 """
 
 from __future__ import annotations

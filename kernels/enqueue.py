@@ -7,7 +7,7 @@ there is one, to its 16-bit mirror; the pointer stays on the device. A second
 launch moves the pointer, after every program of the first has read it.
 Traffic: N C (bytes of a key + of a row + 2 for the mirror).
 
-Reference: moco_fast/reference.py::enqueue_.  Tests: tests/test_enqueue.py.
+Reference: moco_fast.reference.enqueue_.  Tests: tests/test_enqueue.py.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ the exponentials fit the operand type between -1/T and 1/T (``FIXED_SHIFT_FROM``
 Rows that are not unit can break that bound: a program whose sums came out
 non-finite walks its share again with a running maximum.
 
-Reference: moco_fast/reference.py::info_nce.  Tests: tests/test_info_nce.py.
+Reference: moco_fast.reference.info_nce.  Tests: tests/test_info_nce.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ gradient to the rows with the log-sum-exps of the first. Operands are normalised
 once; see ``pairs`` for the passes. 6 C (2N)^2 FLOP and 2 (2N)^2 exponentials,
 three times the latter below T = 0.02.
 
-Reference: moco_fast/reference.py::nt_xent.  Tests: tests/test_nt_xent.py.
+Reference: moco_fast.reference.nt_xent.  Tests: tests/test_nt_xent.py.
 """
 
 from __future__ import annotations

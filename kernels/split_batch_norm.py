@@ -19,7 +19,7 @@ Welford's in every lane, of what values are above one of the part that is no
 outlier: neither a large mean nor an outlier costs digits. No atomics: the same
 bits every time.
 
-Reference: moco_fast/reference.py::split_batch_norm.  Tests: tests/test_split_batch_norm.py.
+Reference: moco_fast.reference.split_batch_norm.  Tests: tests/test_split_batch_norm.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 One launch packs a batch of images for an exchange between ranks, or brings one back into order. Traffic:
 2 M B bytes for M rows of B.
 
-Reference: moco_fast/reference.py::take_rows.  Tests: tests/test_take_rows.py.
+Reference: moco_fast.reference.take_rows.  Tests: tests/test_take_rows.py.
 """
 
 from __future__ import annotations

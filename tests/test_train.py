@@ -27,7 +27,7 @@ from moco_fast.train.schedule import learning_rate
 TINY = PretrainConfig(
     data="digits", epochs=2, batch_size=256, width=8, dim=16, queue_size=512, bn_splits=2, log_every=1,
     checkpoint_every=3, knn_every=4, knn_bank=200, knn_queries=50, augment=AugmentConfig(image_size=8),
-    threads=1, warmup_epochs=0.0, lr=0.06,
+    threads=1, warmup_epochs=0.0, lr=0.06, lr_batch_size=256,
 )  # fmt: skip
 STEPS = 10  # 1,437 digits in batches of 256, twice
 TIMED = {"images_per_s", "data_wait"}
@@ -295,6 +295,15 @@ def test_presets():
 def test_cosine_schedule(step, rate):
     config = replace(TINY, lr=1.0, epochs=10, warmup_epochs=1.0)
     assert learning_rate(config, step, 10) == pytest.approx(rate)
+
+
+def test_rate_is_scaled_to_the_batch():
+    for batch, want in ((256, 1.0), (512, 2.0), (64, 0.25)):
+        config = replace(TINY, lr=1.0, batch_size=batch, schedule="step")
+        assert learning_rate(config, 0, 10) == pytest.approx(want)
+    old = TINY.to_dict()
+    del old["lr_batch_size"]  # of a config written before there was scaling
+    assert learning_rate(PretrainConfig.from_dict(old), 5, 5) == learning_rate(TINY, 5, 5)
 
 
 def test_step_schedule():

@@ -27,7 +27,7 @@ def options(config=RECIPE):
         "dim": config.dim, "queue-size": config.queue_size, "bn-splits": config.bn_splits,
         "log-every": 1, "checkpoint-every": config.checkpoint_every, "knn-every": config.knn_every,
         "knn-bank": config.knn_bank, "knn-queries": config.knn_queries, "threads": 1, "warmup-epochs": 0.0,
-        "verify-every": config.verify_every,
+        "verify-every": config.verify_every, "lr-batch-size": config.lr_batch_size,
     }  # fmt: skip
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 

@@ -74,8 +74,7 @@ def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None, o
 @torch.library.custom_op("moco_fast::take_rows", mutates_args=())
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     _check_range("index", index, x.shape[0])
-    if not (x.is_contiguous() or reference.is_channels_last(x)):
-        x = x.contiguous()
+    x = reference.dense(x)
     return backends.choose("take_rows", (x, index)).take_rows(x, index)
 
 

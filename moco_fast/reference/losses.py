@@ -1,0 +1,159 @@
+"""The losses, each with its gradient, in one forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moco_fast.reference.common import EPS, compute_dtype, normalise
+
+
+def _through_norm(
+    d_hat: Tensor,  # (..., C) gradient to x_hat
+    x_hat: Tensor,  # (..., C)
+    norm: Tensor,  # (..., 1)
+) -> Tensor:
+    """The gradient to the rows whose normalised selves are ``x_hat``."""
+    radial = (x_hat * d_hat).sum(dim=-1, keepdim=True)
+    # A norm below EPS was clamped to a constant, through which no gradient flows.
+    return (d_hat - torch.where(norm >= EPS, radial * x_hat, 0)) / norm.clamp_min(EPS)
+
+
+def _cross_entropy(
+    positive: Tensor,  # (...) logit of the positive
+    negatives: Tensor,  # (..., K) logits of the negatives, -inf for none
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (...), exps (..., K) and total (...), whose ratio is p of the negatives, and 1 - p_0 (...)."""
+    top = torch.maximum(negatives.amax(dim=-1), positive)
+    exps = torch.exp(negatives - top[..., None])
+    rest, e = exps.sum(dim=-1), torch.exp(positive - top)
+    # log1p keeps the digits of a loss near zero, where the positive dominates.
+    loss = torch.where(e == 1, torch.log1p(rest), torch.log(rest + e) + top - positive)
+    return loss, exps, rest + e, rest / (rest + e)
+
+
+def info_nce(
+    q: Tensor,  # (N, C), raw
+    k: Tensor,  # (N, C), raw
+    queue: Tensor,  # (K, C), rows of unit norm
+    temperature: float,
+    precision: str,  # the least a backend must deliver; fp32 satisfies all
+    need_dq: bool,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """InfoNCE of each query and its gradient, in one forward.
+
+    With ``s_0 = q^.k^ / T`` and ``s_j = q^.n_j / T``::
+
+        loss = logsumexp(s_0, ..., s_K) - s_0
+        dq^  = (sum_j p_j n_j - (1 - p_0) k^) / T,   p = softmax(s)
+        dq   = (dq^ - q^ (q^.dq^)) / |q|
+
+    Source: He et al. 2020, "Momentum Contrast", equation 1.
+
+    Returns:
+        loss (N,), dq (N, C) or (0, C), and (0,) each unless ``need_stats``: rank (N,) int64 = negatives
+        above the positive, pos (N,) = q^.k^, neg (N,) = mean of q^.n_j.
+    """
+    dtype = compute_dtype(q, k, queue)
+    q_hat, norm = normalise(q.to(dtype))
+    k_hat, _ = normalise(k.to(dtype))
+    rows = queue.to(dtype)
+
+    pos = (q_hat * k_hat).sum(dim=1)
+    similarities = q_hat @ rows.t()  # (N, K)
+    neg = similarities.mean(dim=1)
+    stats = slice(None if need_stats else 0)
+    rank = (similarities > pos[:, None]).sum(dim=1)[stats]
+
+    loss, exps, total, miss = _cross_entropy(pos / temperature, similarities / temperature)
+    # exp(-inf) = 0 would swallow a queue row with an infinite feature; its mean similarity does not.
+    loss = loss + 0 * neg
+
+    if not need_dq:
+        return loss, q.new_empty((0, q.shape[1]), dtype=dtype), rank, pos[stats], neg[stats]
+    dq_hat = ((exps / total[:, None]) @ rows - miss[:, None] * k_hat) / temperature
+    return loss, _through_norm(dq_hat, q_hat, norm), rank, pos[stats], neg[stats]
+
+
+def nt_xent(
+    z: Tensor,  # (2N, C), raw: view 1 of every image, then view 2
+    temperature: float,
+    precision: str,  # the least a backend must deliver; fp32 satisfies all
+    need_dz: bool,
+) -> tuple[Tensor, Tensor]:
+    """NT-Xent of every view and the gradient of their sum, in one forward.
+
+    With ``s_ij = z^_i.z^_j / T`` and i' the other view of i::
+
+        loss_i = logsumexp_{j != i}(s_ij) - s_ii',    p_i = softmax_{j != i}(s_i)
+        dz^_i  = (sum_{j != i, i'} (p_ij + p_ji) z^_j - (2 - p_ii' - p_i'i) z^_i') / T
+        dz_i   = (dz^_i - z^_i (z^_i.dz^_i)) / |z_i|
+
+    Source: Chen et al. 2020, "A Simple Framework for Contrastive Learning of
+    Visual Representations", equation 1.
+
+    Returns:
+        loss (2N,), dz (2N, C) or (0, C): of the sum of the losses.
+    """
+    dtype = compute_dtype(z)
+    z_hat, norm = normalise(z.to(dtype))
+    rows = z.shape[0]
+    other_hat = z_hat.roll(rows // 2, 0)
+    index = torch.arange(rows, device=z.device)
+    logits = z_hat @ z_hat.t() / temperature
+    logits[index, index] = -torch.inf
+    logits[index, index.roll(rows // 2)] = -torch.inf
+    loss, exps, total, miss = _cross_entropy((z_hat * other_hat).sum(dim=1) / temperature, logits)
+    if not need_dz:
+        return loss, loss.new_empty((0, z.shape[1]))
+    p = exps / total[:, None]
+    dz_hat = ((p + p.t()) @ z_hat - (miss + miss.roll(rows // 2))[:, None] * other_hat) / temperature
+    return loss, _through_norm(dz_hat, z_hat, norm)
+
+
+def contrast(
+    q: Tensor,  # (D, N, C), raw
+    k: Tensor,  # (D, M, C), raw, M >= N
+    temperature: float,
+    labels: int,  # the positive of query i is key labels + i
+    precision: str,  # the least a backend must deliver; fp32 satisfies all
+    need_dq: bool,
+    need_dk: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of queries against the keys of a batch and its gradients, for D problems side by side.
+
+    With ``s_ij = q^_i.k^_j / T``, ``y_i = labels + i`` and p_i = softmax(s_i)::
+
+        loss_i = logsumexp_j(s_ij) - s_iy
+        dq^_i  = (sum_{j != y} p_ij k^_j - (1 - p_iy) k^_y) / T
+        dk^_j  = (sum_{i: y_i != j} p_ij q^_i - sum_{i: y_i = j} (1 - p_ij) q^_i) / T
+
+    and the gradients to q and k through their norms as in :func:`info_nce`.
+
+    Source: Chen et al. 2021, "An Empirical Study of Training Self-Supervised
+    Vision Transformers", algorithm 1, without its factor 2T.
+
+    Returns:
+        loss (D, N), and of the sum of the losses dq (D, N, C) or (D, 0, C), dk (D, M, C) or (D, 0, C).
+    """
+    dtype = compute_dtype(q, k)
+    q_hat, q_norm = normalise(q.to(dtype))
+    k_hat, k_norm = normalise(k.to(dtype))
+    problems, rows, features = q.shape
+    index = torch.arange(rows, device=q.device)
+    own = slice(labels, labels + rows)
+    logits = q_hat @ k_hat.mT / temperature  # (D, N, M)
+    logits[:, index, index + labels] = -torch.inf
+    positive = (q_hat * k_hat[:, own]).sum(dim=2) / temperature
+    loss, exps, total, miss = _cross_entropy(positive, logits)
+    dq, dk = (loss.new_empty((problems, 0, features)) for _ in range(2))
+    p = exps / total[..., None] if need_dq or need_dk else exps
+    if need_dq:
+        dq_hat = (p @ k_hat - miss[..., None] * k_hat[:, own]) / temperature
+        dq = _through_norm(dq_hat, q_hat, q_norm)
+    if need_dk:
+        dk_hat = p.mT @ q_hat
+        dk_hat[:, own] -= miss[..., None] * q_hat
+        dk = _through_norm(dk_hat / temperature, k_hat, k_norm)
+    return loss, dq, dk
