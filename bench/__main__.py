@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         where = device.pick(options.device)
         if options.readme:  # before minutes of measuring, not after
-            report.check_readme(options.readme)
+            report.check_section(options.readme)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=console) as progress:
             measured = sweep.collect if options.sweep else collect
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     report.write_json(base.with_suffix(".json"), figures)
     console.print(f"wrote {base}.json and {base}.png")
     if options.readme:
-        report.update_readme(options.readme, figures)
+        report.write_section(options.readme, report.markdown(figures))
         console.print(f"updated {options.readme}")
 
 

@@ -167,12 +167,6 @@ def table(columns: list[str], lines: list[list[str]]) -> Table:
     return shown
 
 
-def markdown(columns: list[str], lines: list[list[str]]) -> str:
-    """The same for a document."""
-    cells = [columns, ["--:", ":--", *["--:"] * (len(columns) - 2)], *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Print the table; under torchrun measure first; with --doc write it into a document."""
     parser = argparse.ArgumentParser(prog="python -m bench.cost_model", description=__doc__.split("\n")[0])
@@ -200,12 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     if checks:
         console.print(table(["collective", "bytes", "measured ms", "model ms", "ratio"], checks))
     if options.doc:
-        begin, end = "<!-- cost:begin -->\n", "<!-- cost:end -->"
-        text = options.doc.read_text()
-        if begin not in text or end not in text:
-            raise SystemExit(f"{options.doc} lacks the lines {begin.strip()} and {end}")
-        head, tail = text.split(begin)[0], text.split(end)[1]
-        options.doc.write_text(f"{head}{begin}\n{markdown(columns, lines)}\n{end}{tail}")
+        report.write_section(options.doc, f"\n{report.markdown_table(table(columns, lines))}\n", "cost")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ranks", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smoke run: two processes, a small queue")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    parser.add_argument("--doc", type=Path, help="document whose table is replaced")
     options = parser.parse_args(arguments)
+    if options.doc:
+        report.check_section(options.doc, "ranks")
     console = Console()
     if not console.is_terminal:
         console.width = 140  # of a log, where nothing limits a table
@@ -151,13 +154,15 @@ def main(arguments: list[str] | None = None) -> None:
         world: measure_world(world, rounds, slots)
         for world in track(worlds, "processes", console=console, disable=not console.is_terminal)
     }
-    console.print(
-        f"{about['processor']}, {os.cpu_count()} cores in all; torch {about['torch']}; a process has "
-        f"{BATCH} images {CHANNELS}x{PIXELS}x{PIXELS} in fp32, K={slots}, C={DIM}; what arrives at a rank in "
-        "a step, without gradients",
-        highlight=False,
+    note = (
+        f"{about['processor']}, {os.cpu_count()} cores in all; torch {about['torch']}; {about['date'][:10]}. "
+        f"A process has {BATCH} images {CHANNELS}x{PIXELS}x{PIXELS} in fp32, K={slots}, C={DIM}. KB are what "
+        "arrives at a rank in a step, gradients left out; times those of the slowest rank."
     )
+    console.print(note, highlight=False)
     console.print(table(results))
+    if options.doc:
+        report.write_section(options.doc, f"\n{note}\n\n{report.markdown_table(table(results))}\n", "ranks")
     options.out.mkdir(parents=True, exist_ok=True)
     base = options.out / f"{about['name']}-ranks"
     figures = {

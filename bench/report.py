@@ -9,8 +9,6 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-
 
 def headline(report: dict) -> str:
     """Where, with what and when, in one line."""
@@ -122,26 +120,35 @@ def markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
-def check_readme(path: Path) -> tuple[str, str]:
-    """Return what stands before and after the benchmark section of a README.
+def check_section(path: Path, name: str = "bench") -> tuple[str, str]:
+    """Return what stands before and after a section of a document, its markers included.
 
     Raises:
         ValueError: the markers are not there once each and in order.
     """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"readme must hold {BEGIN} and, after it, {END}, once each; {path} does not")
-    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"readme must hold {begin} and, after it, {end}, once each; {path} does not")
+    return text[: text.index(begin)] + begin, text[text.index(end) :]
 
 
-def update_readme(path: Path, report: dict) -> None:
-    """Replace what stands between the markers of a README by the tables of a report.
+def write_section(path: Path, content: str, name: str = "bench") -> None:
+    """Replace what stands between the markers of a document.
 
     Raises:
         ValueError: the markers are not there once each and in order.
     """
-    before, after = check_readme(path)
-    path.write_text(f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}", encoding="utf-8")
+    before, after = check_section(path, name)
+    path.write_text(f"{before}\n{content}\n{after}", encoding="utf-8")
+
+
+def markdown_table(table: Table) -> str:
+    """A table for a document."""
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    lines = [[str(column.header) for column in table.columns], *map(list, zip(*columns, strict=True))]
+    rules = ["--:" if column.justify == "right" else ":--" for column in table.columns]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rules, *lines[1:]])
 
 
 def write_json(path: Path, report: dict) -> None:

@@ -15,12 +15,13 @@ pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from bench import __main__, info_nce_peers, memory, report, sweep  # noqa: E402
+from bench import __main__, info_nce_peers, memory, sweep  # noqa: E402
 from bench.case import OFFICIAL, OURS  # noqa: E402
 from bench.measure import LEAST_ROUNDS  # noqa: E402
 from bench.ops import OPS  # noqa: E402
 
-README = f"# Title\n\n{report.BEGIN}\nold figures\n{report.END}\nafter\n"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+README = f"# Title\n\n{BEGIN}\nold figures\n{END}\nafter\n"
 REFERENCE = f"{OURS} reference"
 
 
@@ -67,14 +68,14 @@ def test_table_and_picture(quick_run):
     (picture,) = (folder / "out").glob("*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = (folder / "README.md").read_text()
-    assert text.startswith(f"# Title\n\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"# Title\n\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
     assert "old figures" not in text
     assert "loss error (random / clustered)" in text
     for part in (OFFICIAL, REFERENCE, "the times mean nothing"):
         assert part in text and part in printed
 
 
-@pytest.mark.parametrize("text", ["# no markers\n", f"{report.END}\n{report.BEGIN}\n", README + report.BEGIN])
+@pytest.mark.parametrize("text", ["# no markers\n", f"{END}\n{BEGIN}\n", README + BEGIN])
 def test_readme_without_markers_is_refused_before_measuring(tmp_path, monkeypatch, text):
     monkeypatch.setattr(__main__, "collect", lambda *_: pytest.fail("measured first"))
     path = tmp_path / "README.md"

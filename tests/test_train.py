@@ -325,7 +325,7 @@ def test_two_images_are_enough(tmp_path):
     for i in range(2):
         Image.new("RGB", (9, 9), (100 * i, 50, 0)).save(tmp_path / "photos" / f"{i}.png")
     assert run(tmp_path / "run", replace(TINY, data=str(tmp_path / "photos"), bn_splits=1)).step == 2
-    with pytest.raises(ValueError, match="bn_splits=8 is more than the 2 images of a batch"):
+    with pytest.raises(ValueError, match=r"at most 2 images cannot be cut into 8 shares \(bn_splits=8\)"):
         config = replace(TINY, data=str(tmp_path / "photos"), bn_splits=8)
         run(tmp_path / "other", config)
 

@@ -120,10 +120,14 @@ def fit_to_dataset(config: PretrainConfig, dataset: Dataset, log: Callable[[str]
     shares = math.lcm(config.bn_splits, distributed.world_size()) * config.accumulation
     batch_size -= batch_size % shares
     if batch_size == 0:
+        wanted = {
+            "processes": distributed.world_size(),
+            "bn_splits": config.bn_splits,
+            "accumulation": config.accumulation,
+        }
+        reasons = ", ".join(f"{name}={number}" for name, number in wanted.items() if number > 1)
         raise ValueError(
-            f"a batch of this dataset, at most {queue_size} images, cannot be cut into {shares} shares, for "
-            f"{distributed.world_size()} processes, bn_splits={config.bn_splits} and "
-            f"accumulation={config.accumulation}"
+            f"a batch of at most {queue_size} images cannot be cut into {shares} shares ({reasons})"
         )
     if (queue_size, batch_size) == (config.queue_size, config.batch_size):
         return config
