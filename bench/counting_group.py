@@ -51,13 +51,6 @@ class CountingGroup(dist.ProcessGroup):
         self.count("all_reduce", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
         return self.inner.allreduce(tensors, options)
 
-    def send(self, tensors, to, tag):
-        return self.inner.send(tensors, to, tag)
-
-    def recv(self, tensors, source, tag):
-        self.count("send", sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-        return self.inner.recv(tensors, source, tag)
-
     def barrier(self, opts=None):
         return self.inner.barrier(BarrierOptions())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -75,10 +76,16 @@ def sees_neighbours(module: nn.Module) -> bool:
     Not if there is no batch norm, and not if all of it is synchronised over all processes.
     """
     return any(
-        getattr(m, "running_mean", None) is not None or "batchnorm" in type(m).__name__.lower()
+        getattr(m, "running_mean", None) is not None
+        or ("batchnorm" in type(m).__name__.lower() and not any(m.children()))
         for m in module.modules()
-        if not isinstance(m, nn.SyncBatchNorm)
+        if not (isinstance(m, nn.SyncBatchNorm) and _ranks_of(m) == distributed.world_size())
     )
+
+
+def _ranks_of(norm: nn.SyncBatchNorm) -> int:
+    group = norm.process_group
+    return distributed.world_size() if group is None else dist.get_world_size(group)
 
 
 def split_batchnorm(module: nn.Module, splits: int) -> nn.Module:

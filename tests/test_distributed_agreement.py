@@ -60,6 +60,26 @@ def other_layout(model, im_q, im_k):
     return im_q, im_k.contiguous(memory_format=torch.channels_last)
 
 
+def without_keys(model, im_q, im_k):
+    return im_q, None
+
+
+def another_shuffle(model, im_q, im_k):
+    model.shuffle.set_state(torch.Generator().manual_seed(99).get_state())
+    return im_q, im_k
+
+
+def synchronised(model, im_q, im_k):
+    """Batch norm that one rank alone has synchronised: it would not shuffle."""
+    model.encoder_k = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.encoder_k)
+    return im_q, im_k
+
+
+def autocast(model, im_q, im_k):
+    torch.set_autocast_enabled("cpu", True)
+    return im_q, im_k
+
+
 def attribute(name, value):
     return lambda model, im_q, im_k: setattr(model, name, value) or (im_q, im_k)
 
@@ -75,6 +95,11 @@ CHANGES = {
     "bad T": (attribute("T", -1.0), "^rank 1: T must be finite and above 0, got -1.0$"),
     "m": (attribute("m", 0.5), "^m must be the same on every rank, got 0.9 on rank 0, 0.5 on rank 1$"),
     "accumulation": (attribute("accumulation_steps", 2), r"^accumulation_steps must be the same on every"),
+    "no keys": (without_keys, r"^rank 1: im_k must be a tensor of images \(N, ...\), got NoneType$"),
+    "another shuffle": (another_shuffle, "^the state of the shuffle must be the same on every rank"),
+    "synchronised": (synchronised, r"^MOCO_FAST_SHUFFLE must be .*True\) on rank 0, .*False\) on rank 1$"),
+    "autocast": (autocast, "^autocast must be .* None on rank 0, torch.bfloat16 on rank 1$"),
+    "ema_in_step": (attribute("ema_in_step", True), "^ema_in_step must be the same on every rank"),
     "queue_sync": (attribute("queue_sync", "local"), "^queue_sync must be .* global on rank 0, local on"),
 }
 

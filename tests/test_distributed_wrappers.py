@@ -1,5 +1,6 @@
 """MoCo inside what training scripts wrap it in: DDP, FSDP2, accumulated gradients, torch.compile."""
 
+import contextlib
 import copy
 
 import pytest
@@ -123,17 +124,69 @@ def parts_of(model, count):
 
 def test_parts_of_a_step_are_the_step():
     """Without batch statistics: EMA and enqueue happen once, and every part meets the same queue."""
-    model = build()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.track_running_stats, module.running_mean, module.running_var = False, None, None
-            module.forward = lambda x: x
+    model = without_batch_norm()
     losses, state = parts_of(copy.deepcopy(model), 1)
     for count in (2, 4):
         got, got_state = parts_of(copy.deepcopy(model), count)
         assert got == pytest.approx(losses, rel=1e-5)
         for name, value in state.items():
             torch.testing.assert_close(got_state[name], value, rtol=1e-4, atol=1e-6)
+
+
+def without_batch_norm():
+    model = build()
+    for encoder in (model.encoder_q, model.encoder_k):
+        for i, layer in enumerate(encoder.body):
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                encoder.body[i] = torch.nn.Identity()
+    return model
+
+
+def rank_in_parts(rank):
+    """Two parts per step under DDP, which averages gradients with the second."""
+    model = without_batch_norm()
+    wrapped = DistributedDataParallel(model)
+    model.accumulation_steps = 2
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for im_q, im_k in views(STEPS):
+        optimizer.zero_grad()
+        for i, (part_q, part_k) in enumerate(zip(im_q.chunk(2), im_k.chunk(2), strict=True)):
+            share = slice(rank * len(part_q) // 2, (rank + 1) * len(part_q) // 2)
+            with wrapped.no_sync() if i == 0 else contextlib.nullcontext():
+                (wrapped(part_q[share], part_k[share], return_loss=True) / 2).backward()
+        optimizer.step()
+    model.verify_queue()
+    return model.state_dict()
+
+
+def test_parts_of_a_step_under_ddp(tmp_path):
+    model = without_batch_norm()
+    train(model, slice(None))
+    for state in ranks.run(2, rank_in_parts, folder=tmp_path):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=2e-6)
+
+
+def test_a_short_step_ends_when_it_is_told_to():
+    """The last step of an epoch may have fewer parts; the next begins with its EMA as ever."""
+    model = build()
+    model.accumulation_steps = 4
+    batches = list(views(8))
+    for im_q, im_k in batches[:2]:
+        model(im_q[:4], im_k[:4], return_loss=True)
+    assert model.queue_ptr.item() == 0
+    model.end_step()
+    assert model.queue_ptr.item() == 8
+    for im_q, im_k in batches[2:5]:
+        model(im_q[:4], im_k[:4], return_loss=True)
+    model.accumulation_steps = 1
+    assert model.queue_ptr.item() == 20
+    with torch.no_grad():
+        for param in model.encoder_q.parameters():
+            param.add_(1)
+    before = model.encoder_k.fc[0].weight.clone()
+    model(*batches[5], return_loss=True)
+    assert model.queue_ptr.item() == 36 and not torch.equal(model.encoder_k.fc[0].weight, before)
 
 
 def rank_long_run(rank, world_before, file, steps):

@@ -189,5 +189,6 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _leave_interrupts_to_parent(_: int) -> None:
-    """Ctrl-C goes to the whole process group; workers end when the parent tells them, without tracebacks."""
+    """Ctrl-C, and SIGTERM from torchrun or SLURM, go to all processes; workers end when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

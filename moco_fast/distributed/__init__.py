@@ -4,6 +4,7 @@ Everything is the identity without a process group. Batches and keys travel in t
 """
 
 from moco_fast.distributed.agreement import (
+    PATIENCE,
     Disagreement,
     check_agreement,
     check_equal,
@@ -22,6 +23,7 @@ from moco_fast.distributed.collectives import (
 from moco_fast.distributed.shuffle import SCHEMES, BatchShuffle, Exchange, balanced_order, scheme, use_scheme
 
 __all__ = [
+    "PATIENCE",
     "SCHEMES",
     "BatchShuffle",
     "Disagreement",

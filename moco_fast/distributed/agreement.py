@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from moco_fast.distributed.collectives import rank, world_size
 
 T = TypeVar("T")
+
+# With a rank that evaluates, downloads or compiles; one that died is noticed at once, by its connections.
+PATIENCE = timedelta(hours=2)
 
 _control: dict[object, dist.ProcessGroup] = {}  # by default group: one per life of the process group
 
@@ -57,13 +61,13 @@ def check_agreement(
         Exception: in one process, or where all have the same problem: that problem.
     """
     if world_size() > 1:
-        described = None if problem is None else str(problem)
+        described = None if problem is None else str(problem) or type(problem).__name__
         word = repr((described, sorted(facts.items())))
         digest = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=7).digest(), "big")
         most, least = largest(digest, -digest)
         if most != -least:
             raise Disagreement(_differences(from_all((described, dict(facts)))))
-    if problem:
+    if problem is not None:
         raise problem
 
 
@@ -102,7 +106,7 @@ def from_all(value: T) -> list[T]:
 def _differences(given: list[tuple[str | None, dict[str, object]]]) -> str:
     troubled: dict[str, list[int]] = {}
     for i, (problem, _) in enumerate(given):
-        if problem:
+        if problem is not None:
             troubled.setdefault(problem, []).append(i)
     if troubled:
         return "; ".join(f"{_ranks(ranks)}: {problem}" for problem, ranks in troubled.items())
@@ -129,5 +133,5 @@ def _control_group() -> dist.ProcessGroup:
     if default not in _control:
         _control.clear()
         alike = dist.get_backend(default) == "gloo"
-        _control[default] = default if alike else dist.new_group(backend="gloo")  # type: ignore[assignment]
+        _control[default] = default if alike else dist.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[assignment]
     return _control[default]

@@ -15,6 +15,7 @@ Source: shuffling BN, He et al. 2020, section 3.3.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -113,6 +114,12 @@ class BatchShuffle:
         seed = torch.tensor([torch.initial_seed() % 2**63], device=device)
         broadcast_(seed)
         self.generator = torch.Generator().manual_seed(int(seed))
+
+    def digest(self) -> str | None:
+        """Tells one state from another; None before the first permutation."""
+        if self.generator is None:
+            return None
+        return hashlib.blake2b(self.generator.get_state().numpy().tobytes(), digest_size=8).hexdigest()
 
     def state(self) -> Tensor | None:
         """The generator's state, for a checkpoint; None before the first permutation."""
@@ -227,9 +234,9 @@ def _send(images: Tensor, plan: Plan) -> tuple[Tensor, dist.Work]:
     """Start the exchange; returns what arrives, rank by rank, and what to wait for."""
     packed = ops.take_rows(images, plan.leaving)
     arrived = reference.empty_rows(packed, len(images))
-    work = dist.all_to_all_single(
-        reference.flat_rows(arrived), reference.flat_rows(packed), plan.received, plan.sent, async_op=True
-    )
+    # As bytes: not every backend knows every dtype.
+    to, of = (reference.flat_rows(x).view(torch.uint8) for x in (arrived, packed))
+    work = dist.all_to_all_single(to, of, plan.received, plan.sent, async_op=True)
     assert work is not None
     return arrived, work
 

@@ -100,7 +100,9 @@ class MoCo(KeyQueue):
 
         self.K, self.m, self.T = K, m, T
         self.bn_splits, self.queue_sync = bn_splits, queue_sync
-        self.accumulation_steps = 1
+        self._part = 0  # of the forward passes of a step
+        self._waiting: list[Tensor] = []  # keys of the parts so far
+        self._accumulation_steps = 1
         self.head = head
         self.ema_in_step = False
         self.encoder_q = split_batchnorm(encoder_q, bn_splits) if bn_splits > 1 else encoder_q
@@ -109,8 +111,6 @@ class MoCo(KeyQueue):
             param_k.data.copy_(param_q.data)
             param_k.requires_grad = False
         self.shuffle = distributed.BatchShuffle()
-        self._part = 0  # of the forward passes of a step
-        self._waiting: list[Tensor] = []  # keys of the parts so far
         self._parameter_digest: str | None = None
 
     def forward(
@@ -142,9 +142,7 @@ class MoCo(KeyQueue):
             Disagreement: on every rank, if ranks were given different batches or options.
             RuntimeError: converted to SyncBatchNorm despite ``bn_splits``.
         """
-        if return_stats and not return_loss:
-            raise ValueError("return_stats must be left out without return_loss=True, got True")
-        q, k, enqueue = self._encode(im_q, im_k)
+        q, k, enqueue = self._encode(im_q, im_k, stats_alone=return_stats and not return_loss)
         if return_loss:
             result = ops.info_nce(q, k, self.negatives, self.T, return_stats=return_stats)
             enqueue()
@@ -234,29 +232,48 @@ class MoCo(KeyQueue):
             hook.remove()
         return captured[0]
 
-    def _encode(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor, Callable[[], None]]:
+    def end_step(self) -> None:
+        """Enqueue what waits for the last of ``accumulation_steps`` parts, where a step ends before it."""
+        waiting, self._waiting, self._part = self._waiting, [], 0
+        if waiting:
+            self.enqueue_(torch.cat(waiting))
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes per optimizer step. Setting it ends a step that has begun, see :meth:`end_step`."""
+        return self._accumulation_steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, count: int) -> None:
+        self.end_step()
+        self._accumulation_steps = count
+
+    def _encode(
+        self, im_q: Tensor, im_k: Tensor, stats_alone: bool
+    ) -> tuple[Tensor, Tensor, Callable[[], None]]:
         """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks."""
         problem: Exception | None = None
+        facts: dict[str, object] = {}
         try:
-            self._check(im_q, im_k)
-        except (TypeError, ValueError, RuntimeError) as error:
+            self._check(im_q, im_k, stats_alone)
+            facts = self._facts(im_q, im_k)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = error
         if not self.training:
-            if problem:
+            if problem is not None:
                 raise problem
             with torch.no_grad():
                 k = self.encoder_k(im_k)
             return self.encoder_q(im_q), k, lambda: None
 
-        distributed.check_agreement(self._facts(im_q, im_k), problem)
-        # One process that sees the whole batch has nobody to shuffle with.
-        shuffled = distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
+        distributed.check_agreement(facts, problem)
         if self.shuffle.generator is None:  # the first step: agree once on a seed and an initial queue
             self.shuffle.agree(self.queue_ptr.device)
             if self.queue_sync == "global":
                 distributed.broadcast_(self.rows, self.queue_ptr)
+                self._forget_mirror()
         exchange = None
-        if shuffled:
+        if self._shuffles():
             plan = self.shuffle.plan(len(im_k), self.bn_splits, im_k.device)
             exchange = distributed.Exchange(im_k, plan)  # travels while the queries are encoded
         if self._part == 0 and not self.ema_in_step:
@@ -266,17 +283,26 @@ class MoCo(KeyQueue):
             k, all_keys, order = self._keys(im_k, exchange)
         return q, k, partial(self._enqueue_part, all_keys, order)
 
-    def _check(self, im_q: Tensor, im_k: Tensor) -> None:
+    def _check(self, im_q: Tensor, im_k: Tensor, stats_alone: bool) -> None:
         """Raise for what is wrong with a step, before anything is changed."""
+        if stats_alone:
+            raise ValueError("return_stats must be left out without return_loss=True, got True")
         checks.momentum(self.m)  # these may have been set since the constructor, by a schedule
         checks.temperature(self.T, name="T")
         checks.count("accumulation_steps", self.accumulation_steps)
+        for name, images in (("im_q", im_q), ("im_k", im_k)):
+            if not isinstance(images, Tensor) or images.ndim == 0:
+                shown = (
+                    f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+                )
+                raise TypeError(f"{name} must be a tensor of images (N, ...), got {shown}")
         if im_q.shape[0] != im_k.shape[0]:
             raise ValueError(f"im_k must hold as many images as im_q, {im_q.shape[0]}, got {im_k.shape[0]}")
-        enqueued = im_q.shape[0] * self.accumulation_steps
-        if self.queue_sync == "global":
-            enqueued *= distributed.world_size()
-        if not 1 <= enqueued <= self.K:
+        enqueued = im_q.shape[0]
+        if self.training:
+            enqueued *= self.accumulation_steps
+            enqueued *= distributed.world_size() if self.queue_sync == "global" else 1
+        if not 1 <= enqueued <= (self.K if self.training else enqueued):
             raise ValueError(f"the batch must hold 1 to K={self.K} images, got {enqueued}")
         if not self.training:
             return
@@ -302,8 +328,10 @@ class MoCo(KeyQueue):
         if distributed.world_size() == 1:
             return {}
         if self._parameter_digest is None:
-            described = [(name, tuple(p.shape), p.dtype) for name, p in self.named_parameters()]
+            state = [*self.named_parameters(), *self.named_buffers()]
+            described = [(name, tuple(x.shape), x.dtype) for name, x in state if name != "queue"]
             self._parameter_digest = hashlib.blake2b(repr(described).encode(), digest_size=8).hexdigest()
+        kind = im_k.device.type
         return {
             "im_q": tuple(im_q.shape),
             # Rows travel as they lie in memory.
@@ -315,13 +343,23 @@ class MoCo(KeyQueue):
             "bn_splits": self.bn_splits,
             "queue_sync": self.queue_sync,
             "accumulation_steps": (self._part, self.accumulation_steps),
-            "MOCO_FAST_SHUFFLE": distributed.scheme(),
-            "the encoders' parameters (names, shapes, dtypes)": self._parameter_digest,
+            "MOCO_FAST_SHUFFLE": (distributed.scheme(), self._shuffles()),
+            "the state of the shuffle": self.shuffle.digest(),
+            "ema_in_step": self.ema_in_step,
+            "autocast": torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            "the encoders' parameters and buffers (names, shapes, dtypes)": self._parameter_digest,
         }
+
+    def _shuffles(self) -> bool:
+        """Whether keys are encoded among other neighbours than their queries; one device has no others."""
+        return distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
 
     def _update_key_encoder(self) -> None:
         keys, queries = ([*encoder.parameters()] for encoder in (self.encoder_k, self.encoder_q))
         ops.ema_update_(distributed.local_shards(keys), distributed.local_shards(queries), self.m)
+        unshard: Any = getattr(self.encoder_k, "unshard", None)
+        if unshard is not None:  # else FSDP2 gathers on a stream that has not waited for this
+            unshard()
 
     def _keys(
         self, im_k: Tensor, exchange: distributed.Exchange | None
@@ -345,5 +383,4 @@ class MoCo(KeyQueue):
         self._waiting.append(keys if order is None else ops.take_rows(keys, order))
         self._part += 1
         if self._part == self.accumulation_steps:
-            waiting, self._waiting, self._part = self._waiting, [], 0
-            self.enqueue_(torch.cat(waiting))
+            self.end_step()

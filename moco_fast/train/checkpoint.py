@@ -126,7 +126,7 @@ def random_state() -> dict[str, Any]:
     version, state, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "python": [version, list(state), gauss_next],
         "numpy": [
             kind,
@@ -141,8 +141,8 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Undo everything drawn since :func:`random_state`."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     version, words, gauss_next = state["python"]
     random.setstate((version, tuple(words), gauss_next))
     kind, numbers, position, has_gauss, gauss = state["numpy"]

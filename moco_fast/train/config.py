@@ -157,8 +157,6 @@ class PretrainConfig:
             ValueError: names that are no field.
         """
         augment = AugmentConfig(**_fields(AugmentConfig, values.get("augment", {})))
-        if "batch_size" in values and "lr_batch_size" not in values:  # of a version without scaling
-            values = values | {"lr_batch_size": values["batch_size"]}
         return cls(**(_fields(cls, values) | {"augment": augment}))
 
 

@@ -97,11 +97,15 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     if rank() > 0:
         console = extra("rich.console").Console(quiet=True)
     check_agreement({"the config": config.to_dict(), "out": str(out), "resume": resume})
-    if resume == "auto":
-        resume = on_rank_0((out / checkpoints.FILE_NAME).exists)
-    elif not resume:
+    if not resume:
         on_rank_0(lambda: _refuse_to_overwrite(out))
-    saved = checkpoints.read(out) if resume else None
+    saved = None
+    if resume is True or (resume and on_rank_0((out / checkpoints.FILE_NAME).exists)):
+        saved = checkpoints.read(out)
+        if missing := {"shuffle", "random", "queues"} - saved["moco_fast"].keys():
+            raise checkpoints.CheckpointError(f"{out} is of another version: it lacks {sorted(missing)}")
+        if resume == "auto":  # with what the run made of its arguments
+            config = PretrainConfig.from_dict(saved["moco_fast"]["config"])
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -119,6 +123,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         config = fit_to_dataset(config, dataset, console.print)
     channels = input_channels(config, dataset)
     mean, std = channel_statistics(dataset, channels)
+    counts = len(dataset.train), len(dataset.test or ())
+    check_agreement({"the dataset": (dataset.name, *counts, dataset.class_names, channels, mean, std)})
     loader = BatchLoader(
         dataset.train, config.batch_size // world_size(), config.seed, config.workers, rank=rank(),
         world_size=world_size(), pin_memory=device.type == "cuda", log=everywhere.print,
@@ -153,7 +159,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         if extras["shuffle"] is not None:
             model.shuffle.set_state(extras["shuffle"])
         checkpoints.set_random_state(extras["random"][rank() % len(extras["random"])])
-        if extras["queues"]:
+        if extras["queues"] and config.queue_sync == "local":
             queue, ptr = extras["queues"][rank() % len(extras["queues"])]
             model.load_state_dict(model.state_dict() | {"queue": queue, "queue_ptr": ptr})
         step, accuracy = extras["step"], dict(extras["accuracy"])
@@ -189,7 +195,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         average_statistics_(model)
         random = from_all(checkpoints.random_state())
         # One queue of every process, unless they are the same.
-        queues = from_all((model.queue, model.queue_ptr)) if config.queue_sync == "local" else []
+        local = config.queue_sync == "local"
+        queues = from_all((model.queue.cpu(), model.queue_ptr.cpu())) if local else []
         # "epoch" counts finished epochs, as in official files.
         state = {
             "epoch": step // steps_per_epoch,

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +20,6 @@ from moco_fast import distributed
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(
-    hours=2
-)  # with a rank that evaluates, downloads or compiles; a dead one is noticed at once
 NOTICE_SECONDS = 5.0  # for every rank to say that it is still there after a failure
 _ENDED = "ended/"
 _LOST = "lost touch with the others"
@@ -68,16 +64,21 @@ def joined(device: str) -> Iterator[None]:
         yield
         return
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    if on_gpu and ":" in device:
+        raise ValueError(f"device must be auto, cpu or cuda for several processes, got {device!r}")
+    if on_gpu and local_rank() >= torch.cuda.device_count():
+        raise ValueError(f"{torch.cuda.device_count()} GPUs are fewer than the processes on this machine")
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=distributed.PATIENCE)))
     # torchrun's store may outlive a restart, and then holds the addresses of processes that are gone.
     _store = dist.PrefixStore(f"moco_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}", store)
-    if on_gpu and torch.cuda.is_available():
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=size, timeout=PATIENCE
+        "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=size, timeout=distributed.PATIENCE
     )
     try:
         yield
+        distributed.largest(0)  # nobody leaves before all have come here
     except Exception as error:
         # torchrun ends the others as soon as it misses one: not before they have found out which.
         if threading.current_thread() is threading.main_thread():
@@ -89,7 +90,6 @@ def joined(device: str) -> Iterator[None]:
             raise PeerFailedError(f"{culprits}; this was rank {rank} of {size}") from error
         raise
     else:
-        distributed.largest(0)  # nobody leaves before all have come here
         dist.destroy_process_group()
     finally:
         _store = None
@@ -152,7 +152,7 @@ def _culprits(size: int) -> str:
                     said[rank] = _store.get(_ENDED + str(rank)).decode()
             time.sleep(0.1)
     except (RuntimeError, OSError):
-        return "rank 0 is gone, and with it the store that ranks meet at"
+        return "the store that ranks meet at is gone, and with it the machine that held it"
     silent = sorted(set(range(size)) - said.keys())
     own = {rank: why for rank, why in sorted(said.items()) if why != _LOST}
     if own:
