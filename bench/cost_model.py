@@ -87,7 +87,7 @@ def official(world: int, images: int, features: int) -> list[Collective]:
 
 
 def ours(world: int, images: int, features: int, image_bytes: int) -> list[Collective]:
-    """Images, keys, and the words by which ranks agree (16 bytes in each of log2 W rounds, as a broadcast)."""
+    """Images, keys, and the words by which ranks agree (16 bytes in log2 W rounds, as a broadcast)."""
     return [
         Collective("all_to_all", images * IMAGE * image_bytes),
         Collective("all_gather", images * features * 4),
