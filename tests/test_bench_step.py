@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from bench import stages, step
-from bench.case import WrongResult
+from bench.case import OURS, WrongResult
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,9 @@ def test_every_stage_is_seen(name):
         one(clock.mark)
     found = clock.seconds()
     assert all(found[stage] > 0 for stage in stages.STAGES)
-    assert seen[:4] == ["other", "encoders", "other", "EMA"]
+    # Ours moves the keys before it encodes the queries: FSDP has let go of neither encoder's shards then.
+    query, move = ["other", "encoders"], ["other", "EMA"]
+    assert seen[:4] == (move + query if name.startswith(OURS) else query + move)
     assert seen[-5:] == ["enqueue", "loss", "loss", "encoders", "optimizer"]
     count = len(seen)
     one(lambda stage: None)
