@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import moco_fast
 from bench import cuda, measure
 from bench import info_nce_peers as other
-from bench.bench_nt_xent import PRECISIONS
-from bench.case import OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, serving
+from bench.bench_nt_xent import ways
+from bench.case import OFFICIAL, REFERENCE, Case, Peer, bind, relative, serving
 from moco_fast import reference
 
 TEMPERATURE = 0.2
@@ -153,13 +153,7 @@ def case(size: tuple[str, int, int], device: torch.device = CPU) -> Case:
         return bind(run, errors, q, k, **options)
 
     backends, absent = serving("contrast", (q, k))
-    peers = {}
-    for backend in backends:
-        if backend == "triton":
-            for precision, options in PRECISIONS.items():
-                peers[f"{OURS} triton, {precision}"] = peer(ours(backend, precision), **options)
-        else:
-            peers[f"{OURS} {backend}"] = peer(ours(backend, "highest"))
+    peers = ways(backends, ours, peer)
     torch._dynamo.reset()  # one function is compiled for a few shapes only, and every case is another
     peers[other.COMPILED] = peer(with_gradients(compiled()))
     if device.type == "cuda":

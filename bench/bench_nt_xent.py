@@ -59,6 +59,20 @@ def ours(backend: str, precision: str) -> Run:
     return run
 
 
+def ways(
+    backends: list[str], ours: Callable[[str, str], Callable], peer: Callable[..., Peer]
+) -> dict[str, Peer]:
+    """Our peers of an op: Triton in every precision, the others in theirs."""
+    peers = {}
+    for backend in backends:
+        if backend == "triton":
+            for precision, options in PRECISIONS.items():
+                peers[f"{OURS} triton, {precision}"] = peer(ours(backend, precision), **options)
+        else:
+            peers[f"{OURS} {backend}"] = peer(ours(backend, "highest"))
+    return peers
+
+
 @cache
 def case(size: tuple[int, int], device: torch.device = CPU) -> Case:
     """The case of one size, N and C."""
@@ -78,13 +92,7 @@ def case(size: tuple[int, int], device: torch.device = CPU) -> Case:
         return bind(run, errors, z1, z2, **options)
 
     backends, absent = serving("nt_xent", (z1,))
-    peers = {}
-    for backend in backends:
-        if backend == "triton":
-            for precision, options in PRECISIONS.items():
-                peers[f"{OURS} triton, {precision}"] = peer(ours(backend, precision), **options)
-        else:
-            peers[f"{OURS} {backend}"] = peer(ours(backend, "highest"))
+    peers = ways(backends, ours, peer)
     peers[COMPILED] = peer(partial(with_gradient, torch.compile(formula)))
     peers[OFFICIAL] = peer(partial(with_gradient, formula))
     return Case("nt_xent", f"2N={2 * n}, C={c}", peers, 6.0 * c * (2 * n) ** 2, 8.0 * 2 * n * c, absent)

@@ -91,31 +91,19 @@ bool read(py::handle object, mf::dlpack::Tensor& out) {
     return true;
 }
 
-template <class Visit>
-bool for_each_pair(const py::list& targets, const py::list& sources, Visit visit) {
+bool tensors_pair_up(const py::list& targets, const py::list& sources) {
     if (!exchange_api || targets.size() != sources.size()) return false;
+    mf::dlpack::Device device{};
     for (std::size_t i = 0; i < targets.size(); ++i) {
         mf::dlpack::Tensor target, source;
-        if (!read(targets[i], target) || !read(sources[i], source) || !visit(target, source)) return false;
+        if (!read(targets[i], target) || !read(sources[i], source)) return false;
+        if (i == 0) device = target.device;
+        if (mf::dlpack::dtype_code(target.dtype) < 0 || mf::dlpack::dtype_code(source.dtype) < 0 ||
+            !(target.device == device) || !(source.device == device) || target.ndim != source.ndim ||
+            !std::equal(target.shape, target.shape + target.ndim, source.shape))
+            return false;
     }
     return true;
-}
-
-int dtype_code(const mf::dlpack::DataType& type) {
-    if (type.code == mf::dlpack::kBfloat) return int(mf::DType::bf16);
-    if (type.code != mf::dlpack::kFloat) return -1;
-    return int(type.bits == 32 ? mf::DType::f32 : type.bits == 16 ? mf::DType::f16 : mf::DType::f64);
-}
-
-bool tensors_pair_up(const py::list& targets, const py::list& sources) {
-    const mf::dlpack::Device* device = nullptr;
-    mf::dlpack::Device first{};
-    return for_each_pair(targets, sources, [&](const auto& target, const auto& source) {
-        if (!device) device = &(first = target.device);
-        return dtype_code(target.dtype) >= 0 && dtype_code(source.dtype) >= 0 && target.device == *device &&
-               source.device == *device && target.ndim == source.ndim &&
-               std::equal(target.shape, target.shape + target.ndim, source.shape);
-    });
 }
 
 // Rows of tensors and the device they are on, opaque to Python.
@@ -153,7 +141,7 @@ bool read_row(const std::vector<py::object>& roles, std::size_t i, bool uniform,
         const py::handle object = PyList_GET_ITEM(roles[role].ptr(), Py_ssize_t(i));
         if (role > 0 && object.is_none()) continue;
         if (!read(object, tensor)) return false;
-        const int code = dtype_code(tensor.dtype);
+        const int code = mf::dlpack::dtype_code(tensor.dtype);
         if (code < 0 || !(tensor.device == device)) return false;
         if (role == 0) {
             first = tensor;
@@ -176,7 +164,7 @@ bool read_step(py::handle object, const mf::dlpack::Device& device, mf::TensorRo
     if (!read(object, step) || step.ndim != 0 || !(step.device == device)) return false;
     row.data[role] = step.data;
     row.dtype[role] = mf::DType::f32;
-    return dtype_code(step.dtype) == int(mf::DType::f32);
+    return mf::dlpack::dtype_code(step.dtype) == int(mf::DType::f32);
 }
 
 // The rows that kernels can take, and the numbers of the others. Every role is a list of tensors, or of None

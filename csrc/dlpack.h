@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace moco_fast::dlpack {
 
 constexpr int kFloat = 2, kBfloat = 4;  // DLDataTypeCode
@@ -44,6 +46,13 @@ struct ExchangeApi {
     int (*tensor_from_py_object)(void* object, Tensor* out);
     int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);
 };
+
+// As csrc/dtype.h numbers them, or -1.
+inline int dtype_code(const DataType& type) {
+    if (type.code == kBfloat) return int(DType::bf16);
+    if (type.code != kFloat) return -1;
+    return int(type.bits == 32 ? DType::f32 : type.bits == 16 ? DType::f16 : DType::f64);
+}
 
 inline int64_t numel(const Tensor& tensor) {
     int64_t count = 1;

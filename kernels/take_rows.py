@@ -20,7 +20,7 @@ from moco_fast import reference
 # Words of a row per program, and warps. Not measured on a GPU yet.
 TILES = {"rows": (2048, 4)}
 
-WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+WORDS = {torch.int64: tl.int64, torch.int32: tl.int32, torch.int16: tl.int16, torch.uint8: tl.uint8}
 
 
 @triton.jit
@@ -46,18 +46,26 @@ def take_rows(
 ) -> Tensor:
     """See :func:`moco_fast.reference.take_rows`; ``tiles`` in place of the table's entry."""
     out = reference.empty_rows(x, index.shape[0])
-    rows, taken = reference.flat_rows(x), reference.flat_rows(out)
-    size = rows.shape[1] * x.element_size()
-    word = next(bytes for bytes in WORDS if size % bytes == 0 and rows.data_ptr() % bytes == 0)
-    width = size // word
+    rows = reference.flat_rows(x)
+    word = _word(rows)
+    source, taken = rows.view(word), reference.flat_rows(out).view(word)
+    if len(index):
+        grid, options = _launch(len(index), taken.shape[1], tiles)
+        _take_rows[grid](source, index.contiguous(), taken, taken.shape[1], **options)
+    return out
+
+
+def _word(rows: Tensor) -> torch.dtype:  # (R, values)
+    """The largest word that rows consist of and begin on."""
+    size = rows.shape[1] * rows.element_size()
+    return next(w for w in WORDS if size % w.itemsize == 0 and rows.data_ptr() % w.itemsize == 0)
+
+
+def _launch(count: int, width: int, tiles: tuple[int, int] | None) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and options for so many rows of so many words."""
     words, warps = tiles or TILES["rows"]
     block = min(words, triton.next_power_of_2(width))
-    if len(index):
-        _take_rows[(len(index), triton.cdiv(width, block))](
-            rows.view(WORDS[word]), index.contiguous(), taken.view(WORDS[word]), width,
-            BLOCK=block, num_warps=warps,
-        )  # fmt: skip
-    return out
+    return (count, triton.cdiv(width, block)), {"BLOCK": block, "num_warps": warps}
 
 
 @triton.jit
@@ -83,16 +91,13 @@ def take_rows_of_peers(
     out: Tensor,  # (M, ...), contiguous or channels_last
 ) -> None:
     """``out_i <- x[index_i]`` for x the rows of all peers, one after the other, wherever they lie."""
-    taken = reference.flat_rows(out)
-    size = taken.shape[1] * out.element_size()
-    word = 8 if size % 8 == 0 else 1  # peers' memory begins on 8 bytes
-    width = size // word
-    words, warps = TILES["rows"]
-    block = min(words, triton.next_power_of_2(width))
-    _take_rows_of_peers[(len(index), triton.cdiv(width, block))](
-        peers, index.contiguous(), taken.view(WORDS[word]), rows, width,
-        BLOCK=block, WORD=tl.int64 if word == 8 else tl.uint8, num_warps=warps,
-    )  # fmt: skip
+    rows_out = reference.flat_rows(out)
+    word = _word(rows_out)  # peers' memory begins on words of any size
+    taken = rows_out.view(word)
+    grid, options = _launch(len(index), taken.shape[1], None)
+    _take_rows_of_peers[grid](
+        peers, index.contiguous(), taken, rows, taken.shape[1], WORD=WORDS[word], **options
+    )
 
 
 CANDIDATES = {"rows": [(words, warps) for words in (256, 512, 1024, 2048, 4096) for warps in (1, 2, 4, 8)]}

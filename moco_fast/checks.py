@@ -111,8 +111,7 @@ def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tenso
     k = tensor("k", k, ndim=2)
     queue = tensor("queue", queue, ndim=2)
     _not_empty("q", q)
-    if k.shape != q.shape:
-        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    _same_shape("q", q, "k", k)
     _same_dtype("q", q, "k", k)
     _queue_of_width(queue, "q", q)
     same_device("q", q, "k", k)
@@ -132,8 +131,7 @@ def nt_xent(z1: object, z2: object) -> tuple[Tensor, Tensor]:
     z1 = tensor("z1", z1, ndim=2)
     z2 = tensor("z2", z2, ndim=2)
     _not_empty("z1", z1)
-    if z2.shape != z1.shape:
-        raise ValueError(f"z2 must have the shape of z1, {tuple(z1.shape)}, got {tuple(z2.shape)}")
+    _same_shape("z1", z1, "z2", z2)
     _same_dtype("z1", z1, "z2", z2)
     same_device("z1", z1, "z2", z2)
     return z1, z2
@@ -192,10 +190,7 @@ def enqueue(
     if mirror is None:
         return queue, ptr, keys, None, order
     mirror = tensor("mirror", mirror, ndim=2)
-    if mirror.shape != queue.shape:
-        raise ValueError(
-            f"mirror must have the shape of queue, {tuple(queue.shape)}, got {tuple(mirror.shape)}"
-        )
+    _same_shape("queue", queue, "mirror", mirror)
     same_device("queue", queue, "mirror", mirror)
     if mirror.requires_grad:
         raise ValueError("mirror requires grad, but enqueue_ overwrites it in place: pass mirror.detach()")
@@ -239,11 +234,7 @@ def ema_masters(targets: list[Tensor], masters: list[Tensor]) -> None:
             raise TypeError(f"masters[{i}] must be torch.float32, got {master.dtype}")
         if target.dtype == torch.float64:
             raise TypeError(f"targets[{i}] is torch.float64, more than its master masters[{i}] can hold")
-        if master.shape != target.shape:
-            raise ValueError(
-                f"masters[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, "
-                f"got {tuple(master.shape)}"
-            )
+        _same_shape(f"targets[{i}]", target, f"masters[{i}]", master)
         same_device(f"targets[{i}]", target, f"masters[{i}]", master)
         if master.requires_grad:
             raise ValueError(f"masters[{i}] requires grad, but the EMA overwrites it: pass master.detach()")
@@ -256,11 +247,7 @@ def _check_pair(i: int, first: Tensor, target: object, source: object) -> None:
         if not value.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
     assert isinstance(target, Tensor) and isinstance(source, Tensor)
-    if target.shape != source.shape:
-        raise ValueError(
-            f"sources[{i}] must have the shape of targets[{i}], {tuple(target.shape)}, "
-            f"got {tuple(source.shape)}"
-        )
+    _same_shape(f"targets[{i}]", target, f"sources[{i}]", source)
     same_device("targets[0]", first, f"targets[{i}]", target)
     same_device(f"targets[{i}]", target, f"sources[{i}]", source)
     if target.requires_grad:
@@ -333,6 +320,13 @@ def _index(name: str, value: object) -> Tensor:
 def _not_empty(name: str, value: Tensor) -> None:
     if 0 in value.shape:
         raise ValueError(f"{name} must hold at least one row and one feature, got shape {tuple(value.shape)}")
+
+
+def _same_shape(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
+    if value.shape != first.shape:
+        raise ValueError(
+            f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got {tuple(value.shape)}"
+        )
 
 
 def _same_dtype(first_name: str, first: Tensor, name: str, value: Tensor) -> None:

@@ -11,6 +11,7 @@ from moco_fast.distributed.agreement import (
     from_all,
     from_rank_0,
     largest,
+    name_ranks,
 )
 from moco_fast.distributed.collectives import (
     all_gather_rows,
@@ -38,6 +39,7 @@ __all__ = [
     "from_rank_0",
     "largest",
     "local_shards",
+    "name_ranks",
     "rank",
     "scheme",
     "use_scheme",

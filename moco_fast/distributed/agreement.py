@@ -84,7 +84,7 @@ def check_equal(
         return
     values = from_all(int(value))
     if different := [i for i, other in enumerate(values) if other != values[0]]:
-        raise Disagreement(f"{name} differs between ranks: not that of rank 0 on {_ranks(different)}")
+        raise Disagreement(f"{name} differs between ranks: not that of rank 0 on {name_ranks(different)}")
 
 
 def from_rank_0(value: T) -> T:
@@ -109,19 +109,20 @@ def _differences(given: list[tuple[str | None, dict[str, object]]]) -> str:
         if problem is not None:
             troubled.setdefault(problem, []).append(i)
     if troubled:
-        return "; ".join(f"{_ranks(ranks)}: {problem}" for problem, ranks in troubled.items())
+        return "; ".join(f"{name_ranks(ranks)}: {problem}" for problem, ranks in troubled.items())
     parts = []
     for name in given[0][1]:
         by_value: dict[str, list[int]] = {}
         for i, (_, facts) in enumerate(given):
             by_value.setdefault(str(facts.get(name)), []).append(i)
         if len(by_value) > 1:
-            shown = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in by_value.items())
+            shown = ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in by_value.items())
             parts.append(f"{name} must be the same on every rank, got {shown}")
     return "; ".join(parts)
 
 
-def _ranks(ranks: list[int]) -> str:
+def name_ranks(ranks: list[int]) -> str:
+    """``rank 1``, ``ranks 1, 2``: for messages; the first eight by number."""
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 

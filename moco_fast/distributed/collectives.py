@@ -22,6 +22,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def own_rows(count: int) -> slice:
+    """This rank's among the rows of all ranks, ``count`` of each, in rank order."""
+    return slice(rank() * count, (rank() + 1) * count)
+
+
 def all_gather_rows(
     x: Tensor,  # (N, ...), the same N on every rank
 ) -> Tensor:

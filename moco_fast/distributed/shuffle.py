@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast import checks, ops, reference
-from moco_fast.distributed.collectives import all_gather_rows, broadcast_, rank, world_size
+from moco_fast.distributed.collectives import all_gather_rows, broadcast_, own_rows, rank, world_size
 from moco_fast.distributed.peers import memory_if_faster
 
 SCHEMES = ("all_to_all", "all_gather", "auto")
@@ -117,9 +117,8 @@ class BatchShuffle:
 
     def digest(self) -> str | None:
         """Tells one state from another; None before the first permutation."""
-        if self.generator is None:
-            return None
-        return hashlib.blake2b(self.generator.get_state().numpy().tobytes(), digest_size=8).hexdigest()
+        state = self.state()
+        return None if state is None else hashlib.blake2b(state.numpy().tobytes(), digest_size=8).hexdigest()
 
     def state(self) -> Tensor | None:
         """The generator's state, for a checkpoint; None before the first permutation."""
@@ -143,7 +142,7 @@ class BatchShuffle:
         home = order.argsort()
         source, place = order.div(rows, rounding_mode="floor"), torch.arange(len(order))
         leaving = (source == own).nonzero().flatten()
-        here = source[own * rows : (own + 1) * rows]
+        here = source[own_rows(rows)]
         arriving = here.argsort(stable=True).argsort()
         counts = [torch.bincount(x, minlength=ranks).tolist() for x in (place[leaving] // rows, here)]
         index = torch.cat([order, home, order[leaving] - own * rows, arriving])
@@ -176,15 +175,15 @@ class Exchange:
             self._stream.wait_stream(torch.cuda.current_stream(images.device))
             images.record_stream(self._stream)
         with _on(self._stream):
-            own = slice(rank() * len(images), (rank() + 1) * len(images))
+            places = plan.order[own_rows(len(images))]
             if scheme() == "all_gather":
-                self._arrived = ops.take_rows(all_gather_rows(images), plan.order[own])
+                self._arrived = ops.take_rows(all_gather_rows(images), places)
                 return
             memory = None
             if scheme() == "auto" and images.is_cuda:
-                memory = memory_if_faster(images, plan.order[own], lambda: _send(images, plan)[1].wait())
+                memory = memory_if_faster(images, places, lambda: _send(images, plan)[1].wait())
             if memory is not None:
-                self._arrived = memory.take(images, plan.order[own])
+                self._arrived = memory.take(images, places)
                 return
             self._arrived, self._work = _send(images, plan)
 
@@ -212,8 +211,7 @@ class Exchange:
             ``plan.home`` turns into the order of the images.
         """
         gathered = all_gather_rows(keys)
-        own = slice(rank() * len(keys), (rank() + 1) * len(keys))
-        return ops.take_rows(gathered, self.plan.home[own]), gathered
+        return ops.take_rows(gathered, self.plan.home[own_rows(len(keys))]), gathered
 
     def keys_back(
         self,

@@ -254,9 +254,12 @@ class MoCo(KeyQueue):
         """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks."""
         problem: Exception | None = None
         facts: dict[str, object] = {}
+        shuffles = False
         try:
             self._check(im_q, im_k, stats_alone)
-            facts = self._facts(im_q, im_k)
+            # Among other neighbours than their queries, unless one device sees all of them.
+            shuffles = distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
+            facts = self._facts(im_q, im_k, shuffles)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = error
         if not self.training:
@@ -273,7 +276,7 @@ class MoCo(KeyQueue):
                 distributed.broadcast_(self.rows, self.queue_ptr)
                 self._forget_mirror()
         exchange = None
-        if self._shuffles():
+        if shuffles:
             plan = self.shuffle.plan(len(im_k), self.bn_splits, im_k.device)
             exchange = distributed.Exchange(im_k, plan)  # travels while the queries are encoded
         if self._part == 0 and not self.ema_in_step:
@@ -323,7 +326,7 @@ class MoCo(KeyQueue):
                 "converted to SyncBatchNorm, which takes them over all of it: leave one of the two out"
             )
 
-    def _facts(self, im_q: Tensor, im_k: Tensor) -> dict[str, object]:
+    def _facts(self, im_q: Tensor, im_k: Tensor, shuffles: bool) -> dict[str, object]:
         """What has to be the same on every rank for the next step to be one step."""
         if distributed.world_size() == 1:
             return {}
@@ -343,16 +346,12 @@ class MoCo(KeyQueue):
             "bn_splits": self.bn_splits,
             "queue_sync": self.queue_sync,
             "accumulation_steps": (self._part, self.accumulation_steps),
-            "MOCO_FAST_SHUFFLE": (distributed.scheme(), self._shuffles()),
+            "MOCO_FAST_SHUFFLE": (distributed.scheme(), shuffles),
             "the state of the shuffle": self.shuffle.digest(),
             "ema_in_step": self.ema_in_step,
             "autocast": torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             "the encoders' parameters and buffers (names, shapes, dtypes)": self._parameter_digest,
         }
-
-    def _shuffles(self) -> bool:
-        """Whether keys are encoded among other neighbours than their queries; one device has no others."""
-        return distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
 
     def _update_key_encoder(self) -> None:
         keys, queries = ([*encoder.parameters()] for encoder in (self.encoder_k, self.encoder_q))

@@ -19,7 +19,7 @@ from moco_fast._version import __version__
 from moco_fast.data.augment import TwoCrops
 from moco_fast.data.datasets import load_dataset
 from moco_fast.data.loader import BatchLoader
-from moco_fast.distributed import average_, check_agreement, from_all, rank, world_size
+from moco_fast.distributed import average_, check_agreement, from_all, largest, rank, world_size
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
@@ -38,7 +38,7 @@ from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
 from moco_fast.train.interrupt import StopRequest
 from moco_fast.train.presets import moved_to
-from moco_fast.train.processes import agreed, first_on_machine, joined, on_rank_0
+from moco_fast.train.processes import first_on_machine, joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE, Recorder
 from moco_fast.train.schedule import learning_rate
 
@@ -286,7 +286,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
                         began = time.monotonic()  # measuring is not training
                     if step % config.verify_every == 0:
                         model.verify_queue()
-                    stopped = agreed(stop.signal or 0)
+                    stopped = largest(stop.signal or 0)[0]
                     if stopped:
                         break
                     if step % config.checkpoint_every == 0 or step == total:

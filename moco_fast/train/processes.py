@@ -124,11 +124,6 @@ def first_on_machine(compute: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # not None: one of the turns was this process's
 
 
-def agreed(request: int) -> int:
-    """The largest of the ranks' numbers, such as that of a signal: all ranks stop at the same step."""
-    return distributed.largest(request)[0]
-
-
 def _is_loss_of_contact(error: Exception) -> bool:
     if isinstance(error, (distributed.Disagreement, PeerFailedError)) or not isinstance(error, RuntimeError):
         return False
@@ -158,6 +153,5 @@ def _culprits(size: int) -> str:
     if own:
         return "; ".join(f"rank {rank} failed ({why})" for rank, why in own.items())
     if silent:
-        shown = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
-        return f"rank{'s' if len(silent) > 1 else ''} {shown} died or stopped answering"
+        return f"{distributed.name_ranks(silent)} died or stopped answering"
     return ""
