@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 from moco_fast import checks, distributed, ops
 from moco_fast.models import heads
+from moco_fast.models.method import Method
 from moco_fast.norm import sees_neighbours, split_batchnorm
 from moco_fast.queue import KeyQueue
 from moco_fast.reference import is_channels_last
 
 
-class MoCo(KeyQueue):
+class MoCo(Method, KeyQueue):
     """Query encoder, momentum key encoder and a queue of K keys.
 
     Constructor, call, outputs, state dict and random numbers are the official
@@ -56,6 +57,8 @@ class MoCo(KeyQueue):
         >>> logits, labels = model(im_q=view_1, im_k=view_2)  # drop-in: logits (N, 1 + K)
         >>> loss = model.loss(view_1, view_2)  # or fused: no logits in memory
     """
+
+    ENCODER = "encoder_q"
 
     # DDP would otherwise broadcast the queue, 33 MB, in every forward.
     _ddp_params_and_buffers_to_ignore = ("queue", "queue_ptr")
@@ -212,25 +215,6 @@ class MoCo(KeyQueue):
         """
         self.ema_in_step = True
         return list(zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True))
-
-    def features(
-        self,
-        images: Tensor,  # (N, ...)
-    ) -> Tensor:
-        """Pooled features of the query encoder, before its head: what the pretraining is for.
-
-        Returns:
-            (N, F), without gradient. Uses the current mode: call ``eval()`` first.
-        """
-        captured: list[Tensor] = []
-        head = self.encoder_q.get_submodule(self.head)
-        hook = head.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0].detach()))
-        try:
-            with torch.no_grad():
-                self.encoder_q(images)
-        finally:
-            hook.remove()
-        return captured[0]
 
     def end_step(self) -> None:
         """Enqueue what waits for the last of ``accumulation_steps`` parts, where a step ends before it."""

@@ -1,0 +1,52 @@
+"""The commands behind ``moco-fast``, a module each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Union
+
+import tyro
+
+from moco_fast.commands.doctor import Doctor
+from moco_fast.commands.knn import Knn
+from moco_fast.commands.pretrain import Pretrain, defaults
+from moco_fast.distributed import Disagreement
+from moco_fast.train.loop import NonFiniteLossError
+from moco_fast.train.processes import PeerFailedError
+
+RUN_ERRORS = (NonFiniteLossError, Disagreement, PeerFailedError)
+
+DESCRIPTION = """MoCo self-supervised pretraining.
+
+examples:
+  moco-fast pretrain                              MoCo v2 on Fashion-MNIST, minutes on two cores
+  moco-fast pretrain --preset fashion-mnist-long  the same for longer
+  moco-fast pretrain --data photos/ --epochs 50   a directory of images; sub-folders are classes
+  moco-fast pretrain --resume runs/NAME           go on where a run stopped
+  torchrun --nproc-per-node 8 -m moco_fast.cli pretrain --preset moco-v2 --data imagenet/
+                                                  the same on eight GPUs; docs/distributed.md
+  moco-fast knn runs/NAME                         kNN accuracy of a checkpoint
+  moco-fast doctor                                what is installed, built and found
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse the arguments and run the command; returns the exit status."""
+    try:
+        command = tyro.cli(
+            Union[  # noqa: UP007 - with | the annotations would be lost
+                Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=Pretrain(defaults(argv)))],
+                Annotated[Knn, tyro.conf.subcommand("knn")],
+                Annotated[Doctor, tyro.conf.subcommand("doctor")],
+            ],  # type: ignore[arg-type]
+            prog="moco-fast",
+            description=DESCRIPTION,
+            args=argv,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+        return command.run()
+    except (ValueError, TypeError, OSError, ImportError, *RUN_ERRORS) as error:
+        # Faults of input or environment: the message says it all, a traceback would bury it.
+        print(f"moco-fast: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,91 @@
+"""The command ``moco-fast pretrain``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from moco_fast.commands.tables import accuracy_table
+from moco_fast.distributed import from_rank_0, rank
+from moco_fast.train import checkpoint as checkpoints
+from moco_fast.train.config import PretrainConfig
+from moco_fast.train.loop import pretrain
+from moco_fast.train.presets import PRESETS, preset_for
+from moco_fast.train.processes import joined, may_restart, restarted
+
+
+@dataclass
+class Pretrain:
+    """Pretrain MoCo on images, and measure what was learned."""
+
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    preset: (
+        Literal["fashion-mnist", "fashion-mnist-long", "digits", "folder", "moco-v1", "moco-v2"] | None
+    ) = None
+    """Recipe to start from, which the other options override; default: the one that suits --data."""
+    out: Path | None = None
+    """Run folder; default: runs/NAME-TIME."""
+    resume: Path | None = None
+    """Run folder to go on with; the other options override its own config."""
+
+    def run(self) -> int:
+        """Returns the exit status."""
+        if self.resume and self.preset:
+            raise ValueError(
+                f"preset must be left out with --resume, which has its own config; got {self.preset}"
+            )
+        if self.resume and self.out:
+            raise ValueError(
+                f"out must be left out with --resume, which goes on in its own folder; got {self.out}"
+            )
+        config = self.config
+        folder = Path(config.data).expanduser()
+        if preset_for(config.data) == "folder" and folder.is_dir():
+            # Absolute, for a resumed run may start in another directory.
+            config = replace(config, data=str(folder.resolve()))
+        if may_restart() and not (self.resume or self.out):
+            raise ValueError(
+                "out must be given where torchrun may restart a run, so that it finds its checkpoint"
+            )
+        resume: bool | Literal["auto"] = "auto" if restarted() else self.resume is not None
+        console = Console()
+        with joined(config.device):
+            name = from_rank_0(f"{Path(config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            out = self.resume or self.out or Path("runs") / name
+            if self.resume and self.resume.is_file():
+                out = self.resume.parent
+            outcome, speaks = pretrain(config, out, resume=resume, console=console), rank() == 0
+        if outcome.interrupted:
+            return 128 + outcome.interrupted  # as a shell reports a process that a signal ended
+        if not speaks:
+            return 0
+        if outcome.accuracy:
+            console.print(accuracy_table(outcome.accuracy, config.knn_k))
+        console.print(f"Checkpoint and pictures (curves.png, neighbours.png) are in {outcome.folder}")
+        return 0
+
+
+def defaults(argv: Sequence[str]) -> PretrainConfig:
+    """The config that other options override: that of --resume, of --preset, or of what suits --data."""
+    if argv[:1] != ["pretrain"]:
+        return PretrainConfig()
+    if resume := _value_of("--resume", argv):
+        return PretrainConfig.from_dict(checkpoints.read(resume)["moco_fast"]["config"])
+    preset = _value_of("--preset", argv) or preset_for(_value_of("--data", argv) or "fashion-mnist")
+    return PRESETS.get(preset, PretrainConfig())  # the parser refuses a wrong name, and lists the right ones
+
+
+def _value_of(option: str, argv: Sequence[str]) -> str | None:
+    """Value of an option given as ``--option value`` or ``--option=value``."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument == option:
+            return following
+        if argument.startswith(option + "="):
+            return argument.partition("=")[2]
+    return None

@@ -1,0 +1,44 @@
+"""What the model of every method offers beside its own call: the encoder that it is for, and its features."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Method(nn.Module):
+    """Base of all models. A subclass names its encoder, and sets ``head`` when it is built.
+
+    Attributes:
+        ENCODER: name of the submodule that is pretrained and kept.
+        head: dotted path, inside the encoder, of what follows the pooled features.
+    """
+
+    ENCODER: ClassVar[str]
+    head: str
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder whose features are evaluated."""
+        return self.get_submodule(self.ENCODER)
+
+    def features(
+        self,
+        images: Tensor,  # (N, ...)
+    ) -> Tensor:
+        """Pooled features of the encoder, before its head: what the pretraining is for.
+
+        Returns:
+            (N, F), without gradient. Uses the current mode: call ``eval()`` first.
+        """
+        captured: list[Tensor] = []
+        head = self.encoder.get_submodule(self.head)
+        hook = head.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0].detach()))
+        try:
+            with torch.no_grad():
+                self.encoder(images)
+        finally:
+            hook.remove()
+        return captured[0]
