@@ -217,7 +217,7 @@ def test_non_finite_loss_names_the_step_and_keeps_the_checkpoint(unbroken, tmp_p
 
 
 def test_non_finite_weights_are_not_saved(tmp_path, monkeypatch):
-    step_of = torch.optim.SGD.step
+    step_of = moco_fast.SGD.step
     calls = []
 
     def poison_last(self):
@@ -226,7 +226,7 @@ def test_non_finite_weights_are_not_saved(tmp_path, monkeypatch):
         if len(calls) == 6:  # after the loss of step 6 was computed, and just before its checkpoint
             self.param_groups[0]["params"][0].data[0] = float("nan")
 
-    monkeypatch.setattr(torch.optim.SGD, "step", poison_last)
+    monkeypatch.setattr(moco_fast.SGD, "step", poison_last)
     with pytest.raises(NonFiniteLossError, match=r"step 6 \(weights: encoder_q.conv1.weight must be finite"):
         run(tmp_path)
     assert checkpoint.read(tmp_path)["moco_fast"]["step"] == 3
@@ -271,7 +271,7 @@ def test_folder_without_labels(tmp_path):
     outcome = pretrain(config, tmp_path / "run", console=console)
     text = console.export_text()
     assert outcome.accuracy == {} and "No kNN accuracy: the images have no class labels" in text
-    assert "queue_size 512 -> 5, batch_size 256 -> 5" in text
+    assert "batch_size 256 -> 5, queue_size 512 -> 5" in text
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["config"]["augment"]["image_size"] == 8
     assert outcome.step == 4 and (tmp_path / "run" / "neighbours.png").exists()
 
@@ -281,7 +281,7 @@ def test_fallback_to_digits_brings_its_recipe(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.fashion_mnist, "find", lambda log: None)
     monkeypatch.setattr(datasets.fashion_mnist, "fetch", lambda log: None)
-    config = replace(PRESETS["fashion-mnist"], epochs=1, width=8)
+    config = replace(PRESETS["fashion-mnist"].config, epochs=1, width=8)
     run(tmp_path, config)
     used = checkpoint.read(tmp_path)["moco_fast"]["config"]
     assert used["data"] == "digits" and used["augment"]["image_size"] == 8
@@ -289,11 +289,12 @@ def test_fallback_to_digits_brings_its_recipe(tmp_path, monkeypatch):
 
 
 def test_presets():
-    for name, config in PRESETS.items():
-        assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config, name
+    for name, preset in PRESETS.items():
+        read = PretrainConfig.from_dict(json.loads(json.dumps(preset.config.to_dict())))
+        assert read == preset.config, name
     assert preset_for("digits") == "digits" and preset_for("some/photos") == "folder"
-    moved = moved_to(replace(PRESETS["fashion-mnist"], lr=0.5), "digits")
-    assert moved == replace(PRESETS["digits"], lr=0.5)
+    moved = moved_to(replace(PRESETS["fashion-mnist"].config, lr=0.5), "digits")
+    assert moved == replace(PRESETS["digits"].config, lr=0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import tyro
 
 from moco_fast.commands.doctor import Doctor
 from moco_fast.commands.knn import Knn
+from moco_fast.commands.presets import Presets
 from moco_fast.commands.pretrain import Pretrain, defaults
 from moco_fast.distributed import Disagreement
 from moco_fast.train.loop import NonFiniteLossError
@@ -23,6 +24,7 @@ examples:
   moco-fast pretrain                              MoCo v2 on Fashion-MNIST, minutes on two cores
   moco-fast pretrain --preset fashion-mnist-long  the same for longer
   moco-fast pretrain --data photos/ --epochs 50   a directory of images; sub-folders are classes
+  moco-fast pretrain --method simsiam             another method; "moco-fast presets" lists them
   moco-fast pretrain --resume runs/NAME           go on where a run stopped
   torchrun --nproc-per-node 8 -m moco_fast.cli pretrain --preset moco-v2 --data imagenet/
                                                   the same on eight GPUs; docs/distributed.md
@@ -37,6 +39,7 @@ def run(argv: Sequence[str]) -> int:
         command = tyro.cli(
             Union[  # noqa: UP007 - with | the annotations would be lost
                 Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=Pretrain(defaults(argv)))],
+                Annotated[Presets, tyro.conf.subcommand("presets")],
                 Annotated[Knn, tyro.conf.subcommand("knn")],
                 Annotated[Doctor, tyro.conf.subcommand("doctor")],
             ],  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import build_model
 from moco_fast.train.config import PretrainConfig
+from moco_fast.train.methods import Facts
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Knn:
         saved = checkpoints.read(self.checkpoint)
         extras = saved["moco_fast"]
         config = PretrainConfig.from_dict(extras["config"])
-        model = build_model(config, extras["channels"])
+        model = build_model(config, extras["channels"], Facts(1, 1))
         size = config.augment.image_size
         console = Console()
         dataset = load_dataset(

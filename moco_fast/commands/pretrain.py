@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -16,19 +16,24 @@ from moco_fast.distributed import from_rank_0, rank
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.loop import pretrain
+from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS, preset_for
 from moco_fast.train.processes import joined, may_restart, restarted
+
+if TYPE_CHECKING:
+    PresetName = str
+else:  # so that the command line lists them
+    PresetName = Literal[tuple(PRESETS)]
 
 
 @dataclass
 class Pretrain:
-    """Pretrain MoCo on images, and measure what was learned."""
+    """Pretrain MoCo, or a method that it is measured against, on images, and measure what was learned."""
 
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
-    preset: (
-        Literal["fashion-mnist", "fashion-mnist-long", "digits", "folder", "moco-v1", "moco-v2"] | None
-    ) = None
-    """Recipe to start from, which the other options override; default: the one that suits --data."""
+    preset: PresetName | None = None
+    """Recipe to start from, which the other options override; default: the one that suits --data. "moco-fast
+    presets" says what each reaches."""
     out: Path | None = None
     """Run folder; default: runs/NAME-TIME."""
     resume: Path | None = None
@@ -78,7 +83,10 @@ def defaults(argv: Sequence[str]) -> PretrainConfig:
     if resume := _value_of("--resume", argv):
         return PretrainConfig.from_dict(checkpoints.read(resume)["moco_fast"]["config"])
     preset = _value_of("--preset", argv) or preset_for(_value_of("--data", argv) or "fashion-mnist")
-    return PRESETS.get(preset, PretrainConfig())  # the parser refuses a wrong name, and lists the right ones
+    # The parser refuses a wrong name, and lists the right ones.
+    config = PRESETS[preset].config if preset in PRESETS else PretrainConfig()
+    method = _value_of("--method", argv)
+    return config.with_method(method) if method in METHODS else config
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:

@@ -13,7 +13,7 @@ from moco_fast.data.images import Dataset, ImageSet
 from moco_fast.data.loader import BatchLoader
 from moco_fast.evaluate.knn import extract_features, knn_accuracy, nearest_neighbours
 from moco_fast.evaluate.pictures import plot_neighbours
-from moco_fast.models.moco import MoCo
+from moco_fast.models.method import Method
 
 EVALUATION_BATCH = 500
 GALLERY_QUERIES = 10
@@ -60,7 +60,7 @@ class KnnProbe:
             return f"{len(self.bank)} training images are fewer than knn_k={self.k}"
         return None
 
-    def accuracy(self, model: MoCo | None, queries: int | None = None) -> float:
+    def accuracy(self, model: Method | None, queries: int | None = None) -> float:
         """Accuracy of the query encoder's features, in [0, 1]; of raw pixels for None.
 
         Args:
@@ -80,7 +80,7 @@ class KnnProbe:
             k=self.k,
         )
 
-    def gallery(self, model: MoCo, out_png: Path) -> None:
+    def gallery(self, model: Method, out_png: Path) -> None:
         """Write a picture of test images (or training images, without a test half) and their neighbours."""
         held_out = self.dataset.test is not None
         asked = self.dataset.test or self.dataset.train
@@ -104,7 +104,7 @@ class KnnProbe:
             near.similarities.cpu(),
         )
 
-    def _features(self, model: MoCo | None, images: ImageSet, rows: Tensor) -> Tensor:
+    def _features(self, model: Method | None, images: ImageSet, rows: Tensor) -> Tensor:
         """Features of the images at ``rows``, in that order, on the CPU."""
         if model is None:
             return torch.cat([view.flatten(1).cpu() for view, _ in self._views(images, rows, raw=True)])

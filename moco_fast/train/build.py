@@ -15,31 +15,31 @@ from torch.nn.parallel import DistributedDataParallel
 from moco_fast import distributed
 from moco_fast.data.images import Dataset
 from moco_fast.models.backbones import SMALL_RESNET, backbone
-from moco_fast.models.moco import MoCo
+from moco_fast.models.method import Method
+from moco_fast.optim import LARS, SGD, AdamW
 from moco_fast.train.config import PretrainConfig
+from moco_fast.train.methods import METHODS, Facts
 from moco_fast.train.processes import local_rank
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def build_model(config: PretrainConfig, channels: int) -> MoCo:
+def build_model(config: PretrainConfig, channels: int, facts: Facts) -> Method:
     """The model of a recipe, freshly initialised from ``config.seed``.
 
     Raises:
-        ValueError: the architecture cannot take images of the recipe's size.
+        ValueError: the architecture cannot take images of the recipe's size, or the method needs labels.
     """
+    row = METHODS[config.method]
+    if row.needs_labels and not facts.classes:
+        raise ValueError(
+            f"method {config.method!r} needs class labels, and the images have none (one sub-folder per "
+            "class gives them)"
+        )
     torch.manual_seed(config.seed)
-    model = MoCo(
-        backbone(config.arch, width=config.width, in_channels=channels),
-        config.dim,
-        config.queue_size,
-        config.momentum,
-        config.temperature,
-        config.mlp,
-        bn_splits=max(1, config.bn_splits // distributed.world_size()),
-        queue_sync=config.queue_sync,
-    )
     size = config.augment.image_size
+    encoder = backbone(config.arch, width=config.width, in_channels=channels)
+    model = row.build(encoder, config, facts)
     model.eval()
     try:
         model.features(torch.zeros(1, channels, size, size))
@@ -47,8 +47,15 @@ def build_model(config: PretrainConfig, channels: int) -> MoCo:
         raise ValueError(
             f"arch {config.arch!r} cannot take images of image_size={size} pixels: {error}"
         ) from error
-    model.accumulation_steps = config.accumulation
     return model.train()
+
+
+def build_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of a recipe, over all parameters in the order of the state dict."""
+    if config.optimizer == "adamw":
+        return AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    kind: Callable[..., torch.optim.Optimizer] = LARS if config.optimizer == "lars" else SGD
+    return kind(model.parameters(), config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
 
 
 def check_processes(config: PretrainConfig, device: torch.device) -> None:
@@ -59,7 +66,7 @@ def check_processes(config: PretrainConfig, device: torch.device) -> None:
             f"batch_size={config.batch_size} must be a multiple of {processes * config.accumulation}, the "
             f"{processes} processes times accumulation={config.accumulation}"
         )
-    if config.bn_splits > 1 and config.bn_splits % processes:
+    if config.bn_splits is not None and config.bn_splits > 1 and config.bn_splits % processes:
         raise ValueError(
             f"bn_splits={config.bn_splits} must be 1 or a multiple of the {processes} processes, each of "
             "which has statistics of its own"
@@ -68,11 +75,11 @@ def check_processes(config: PretrainConfig, device: torch.device) -> None:
         raise ValueError(f"sync_bn needs GPUs, PyTorch has no synchronised batch norm on {device}")
 
 
-def replicated(model: MoCo, config: PretrainConfig, device: torch.device) -> nn.Module:
+def replicated(model: Method, config: PretrainConfig, device: torch.device) -> nn.Module:
     """The model as it is called in training: one of several replicas under DistributedDataParallel."""
     if config.compile:  # in place, so that names in the state dict stay
-        model.encoder_q.compile()
-        model.encoder_k.compile()
+        for network in model.children():
+            network.compile()
     if distributed.world_size() == 1:
         return model
     # Statistics stay each process's own, to be averaged when they are used. The option was renamed.
@@ -115,27 +122,30 @@ def fit_to_dataset(config: PretrainConfig, dataset: Dataset, log: Callable[[str]
     many times over; a batch has to fit into the queue.
     """
     count = len(dataset.train)
-    queue_size = min(config.queue_size, max(2, count // 2))
-    batch_size = min(config.batch_size, queue_size)
-    shares = math.lcm(config.bn_splits, distributed.world_size()) * config.accumulation
-    batch_size -= batch_size % shares
-    if batch_size == 0:
+    keys = METHODS[config.method].keys_per_image(config)
+    fits = max(2, count // 2)
+    changes: dict[str, Any] = {"batch_size": min(config.batch_size, fits)}
+    if keys:
+        assert config.queue_size is not None
+        changes["queue_size"] = min(config.queue_size, fits)
+        changes["batch_size"] = min(config.batch_size, changes["queue_size"] // keys)
+    splits = config.bn_splits or 1
+    shares = math.lcm(splits, distributed.world_size()) * config.accumulation
+    changes["batch_size"] -= changes["batch_size"] % shares
+    if changes["batch_size"] == 0:
         wanted = {
             "processes": distributed.world_size(),
-            "bn_splits": config.bn_splits,
+            "bn_splits": splits,
             "accumulation": config.accumulation,
         }
         reasons = ", ".join(f"{name}={number}" for name, number in wanted.items() if number > 1)
-        raise ValueError(
-            f"a batch of at most {queue_size} images cannot be cut into {shares} shares ({reasons})"
-        )
-    if (queue_size, batch_size) == (config.queue_size, config.batch_size):
+        raise ValueError(f"a batch of at most {fits} images cannot be cut into {shares} shares ({reasons})")
+    changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
+    if not changes:
         return config
-    log(
-        f"{dataset.name} has {count:,} training images: queue_size {config.queue_size} -> {queue_size}, "
-        f"batch_size {config.batch_size} -> {batch_size}."
-    )
-    return replace(config, queue_size=queue_size, batch_size=batch_size)
+    said = ", ".join(f"{name} {getattr(config, name)} -> {value}" for name, value in changes.items())
+    log(f"{dataset.name} has {count:,} training images: {said}.")
+    return replace(config, **changes)
 
 
 def channel_statistics(dataset: Dataset, channels: int) -> tuple[Sequence[float], Sequence[float]]:

@@ -5,14 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moco_fast import checks
 from moco_fast.data.augment import AugmentConfig
+from moco_fast.train.methods import METHODS
+
+if TYPE_CHECKING:
+    MethodName = str
+else:  # so that the command line lists them
+    MethodName = Literal[tuple(METHODS)]
 
 _COUNTS = (
-    "epochs", "batch_size", "accumulation", "width", "dim", "queue_size", "bn_splits", "lr_batch_size",
+    "epochs", "batch_size", "accumulation", "width", "dim", "lr_batch_size",
     "log_every", "checkpoint_every", "verify_every", "knn_k", "knn_bank", "knn_queries",
+)  # fmt: skip
+
+# Those that not every method uses; None where it does not.
+_OPTIONAL_COUNTS = ("queue_size", "bn_splits", "mlp_dim", "pred_dim", "prototypes")
+OPTIONS = (
+    *_OPTIONAL_COUNTS, "momentum", "temperature", "teacher_temperature", "queue_sync", "symmetric",
+    "nce", "stop_gradient", "freeze_patch",
 )  # fmt: skip
 
 _VIEWS = AugmentConfig(
@@ -30,6 +43,9 @@ class PretrainConfig:
 
     data: str = "fashion-mnist"
     """"fashion-mnist", "digits", or a directory of images."""
+    method: MethodName = "moco-v2"
+    """What to train; "moco-fast presets" lists the methods. Those below that are None by default have the
+    method's own value; one that the method does not use is refused."""
     epochs: int = 5
     """Passes over the training images."""
     batch_size: int = 128
@@ -45,22 +61,39 @@ class PretrainConfig:
     """Channels of the first stage; "small_resnet" only."""
     dim: int = 64
     """Features of the embedding."""
-    queue_size: int = 4096
-    """K, the number of negatives."""
-    momentum: float = 0.99
-    """m, of the key encoder."""
-    temperature: float = 0.2
+    queue_size: int | None = None
+    """K, the number of negatives: keys in the queue, or rows drawn from the memory bank."""
+    momentum: float | None = None
+    """m, of the key encoder (moco-v3, dino: at the start, then rising to 1) or of the memory bank."""
+    temperature: float | None = None
     """T, of the loss."""
-    mlp: bool = True
-    """Projection MLP (v2) instead of a linear layer (v1)."""
-    bn_splits: int = 1
+    teacher_temperature: float | None = None
+    """T of the teacher, which sharpens its output."""
+    bn_splits: int | None = None
     """Batch-norm statistics over this many parts of a shuffled batch, as on that many devices, however many
     processes there are; 1 leaves every process with the statistics of its own images."""
-    sync_bn: bool = False
-    """Batch-norm statistics over all processes (GPUs only), in place of the shuffle."""
-    queue_sync: Literal["global", "local"] = "global"
+    queue_sync: Literal["global", "local"] | None = None
     """One queue for all processes, or one for each of its own keys."""
+    symmetric: bool | None = None
+    """Both views are query and key in turn, and both views' keys enter the queue."""
+    nce: bool | None = None
+    """The loss of instance discrimination, noise-contrastive estimation, in place of InfoNCE."""
+    mlp_dim: int | None = None
+    """Hidden features of the projection head."""
+    pred_dim: int | None = None
+    """Hidden features of the predictor."""
+    prototypes: int | None = None
+    """Classes that teacher and student assign an image to."""
+    stop_gradient: bool | None = None
+    """Whether targets are constants. Without it the method collapses, which is what it is for."""
+    freeze_patch: bool | None = None
+    """Leave the patch projection of a vision transformer as it was drawn."""
 
+    sync_bn: bool = False
+    """Batch-norm statistics over all processes (GPUs only), in place of a shuffle."""
+
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    """SGD with momentum, LARS or AdamW."""
     lr: float = 0.06
     """Learning rate at its peak, for batches of lr_batch_size; scaled linearly to batch_size."""
     lr_batch_size: int = 128
@@ -72,9 +105,9 @@ class PretrainConfig:
     warmup_epochs: float = 0.2
     """Linear warm-up."""
     sgd_momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD and of LARS."""
     weight_decay: float = 5e-4
-    """L2 penalty on every parameter."""
+    """L2 penalty on every parameter; with LARS not on biases and norms; with AdamW decoupled."""
     bf16: bool = False
     """Run the encoders under bf16 autocast."""
     compile: bool = False
@@ -82,6 +115,8 @@ class PretrainConfig:
 
     augment: AugmentConfig = field(default=_VIEWS)
     """The random views."""
+    augment_second: AugmentConfig | None = None
+    """Those of the second view, where they differ."""
     canvas: float = 2.0
     """Side of the squares that a directory's images are reduced to, over the side of a view."""
 
@@ -108,7 +143,17 @@ class PretrainConfig:
     """Test images per measurement during training, at most; the table at the end uses all there are."""
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
+        checks.one_of("method", self.method, tuple(METHODS))
+        row = METHODS[self.method]
+        for name in OPTIONS:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, row.options.get(name))
+            elif name not in row.options:
+                raise ValueError(
+                    f"method {self.method!r} does not use {name}, got {name}={getattr(self, name)!r}; "
+                    f"it uses {', '.join(row.options)}"
+                )
+        for name in (*_COUNTS, *(name for name in _OPTIONAL_COUNTS if name in row.options)):
             checks.count(name, getattr(self, name))
         for name in ("seed", "threads", "workers", "knn_every"):
             value = getattr(self, name)
@@ -116,34 +161,59 @@ class PretrainConfig:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
         if self.width % 8:  # oneDNN's gradient of narrower strided 1x1 convolutions differs from run to run
             raise ValueError(f"width must be a multiple of 8, got {self.width}")
-        checks.momentum(self.momentum, "momentum")
         checks.momentum(self.sgd_momentum, "sgd_momentum")
-        checks.temperature(self.temperature)
+        if self.momentum is not None:
+            checks.momentum(self.momentum, "momentum")
+        for name in ("temperature", "teacher_temperature"):
+            if getattr(self, name) is not None:
+                checks.temperature(getattr(self, name), name)
         for name, lowest in (("lr", 0.0), ("weight_decay", 0.0), ("warmup_epochs", 0.0), ("canvas", 1.0)):
             value = checks.number(name, getattr(self, name))
             if not (math.isfinite(value) and value >= lowest):
                 raise ValueError(f"{name} must be finite and at least {lowest:g}, got {value!r}")
         checks.one_of("schedule", self.schedule, ("cosine", "step"))
+        checks.one_of("optimizer", self.optimizer, ("sgd", "lars", "adamw"))
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be below epochs={self.epochs}, got {self.warmup_epochs!r}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        if self.batch_size > self.queue_size:
+        splits = self.bn_splits or 1
+        if self.batch_size % (self.accumulation * splits):
             raise ValueError(
-                f"batch_size must be at most queue_size={self.queue_size}, got {self.batch_size}: "
-                "a batch replaces that many keys"
-            )
-        if self.batch_size % (self.accumulation * self.bn_splits):
-            raise ValueError(
-                f"accumulation={self.accumulation} times bn_splits={self.bn_splits} must divide "
+                f"accumulation={self.accumulation} times bn_splits={splits} must divide "
                 f"batch_size={self.batch_size}"
             )
-        checks.one_of("queue_sync", self.queue_sync, ("global", "local"))
-        if self.sync_bn and self.bn_splits > 1:
+        if self.accumulation > 1 and row.in_batch:
             raise ValueError(
-                f"sync_bn takes statistics over all processes, bn_splits={self.bn_splits} over parts of the "
+                f"method {self.method!r} takes its negatives from the batch, which accumulation="
+                f"{self.accumulation} would cut into parts with fewer: use more processes, or bf16"
+            )
+        keys = row.keys_per_image(self)
+        if keys and self.batch_size * keys > self.queue_size:  # type: ignore[operator]
+            raise ValueError(
+                f"batch_size must be at most queue_size={self.queue_size}"
+                f"{f' / {keys}' if keys > 1 else ''}, got {self.batch_size}: "
+                "a batch replaces that many keys"
+            )
+        if self.queue_sync is not None:
+            checks.one_of("queue_sync", self.queue_sync, ("global", "local"))
+        if self.sync_bn and splits > 1:
+            raise ValueError(
+                f"sync_bn takes statistics over all processes, bn_splits={splits} over parts of the "
                 "batch: leave one of the two out"
             )
+
+    def with_method(self, method: str) -> PretrainConfig:
+        """This recipe with another method, and the values that suit that one.
+
+        Raises:
+            ValueError: no such method.
+        """
+        checks.one_of("method", method, tuple(METHODS))
+        if method == self.method:
+            return self
+        changes: dict[str, Any] = dict.fromkeys(OPTIONS) | METHODS[method].recipe
+        return dataclasses.replace(self, method=method, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for a checkpoint or JSON."""
@@ -156,8 +226,12 @@ class PretrainConfig:
         Raises:
             ValueError: names that are no field.
         """
-        augment = AugmentConfig(**_fields(AugmentConfig, values.get("augment", {})))
-        return cls(**(_fields(cls, values) | {"augment": augment}))
+        views = {
+            name: AugmentConfig(**_fields(AugmentConfig, values[name]))
+            for name in ("augment", "augment_second")
+            if values.get(name) is not None
+        }
+        return cls(**(_fields(cls, values) | views))
 
 
 def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:

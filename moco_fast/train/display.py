@@ -7,6 +7,16 @@ from typing import Any
 
 from moco_fast.extras import extra
 
+# What a record may hold: key, what it is called, format.
+_SHOWN = (
+    ("pos_sim", "similarity: positive", ".3f"),
+    ("neg_sim", "negative", "+.3f"),
+    ("spread", "spread", ".2f"),
+    ("rank", "rank", ".1f"),
+    ("queue_fill", "queue full", ".0%"),
+    ("images_per_s", "images/s", ",.0f"),
+    ("data_wait", "waiting for data", ".0%"),
+)
 QUIET_SECONDS = 15.0  # between lines, where there is no terminal
 
 
@@ -17,10 +27,10 @@ class Display:
         console: a rich Console.
         total: steps of the whole run.
         done: steps that a resumed run has behind it.
-        chance: loss of guessing, log(K + 1).
+        chance: loss of guessing, log(K + 1); None where the loss is no cross-entropy.
     """
 
-    def __init__(self, console: Any, total: int, done: int, chance: float) -> None:
+    def __init__(self, console: Any, total: int, done: int, chance: float | None) -> None:
         progress = extra("rich.progress")
         self._console, self._total, self._chance = console, total, chance
         self._first, self._began, self._last_line = done, time.monotonic(), 0.0
@@ -51,12 +61,10 @@ class Display:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Show the latest record."""
-        status = (
-            f"loss {values['loss']:.3f} (chance {self._chance:.2f})  "
-            f"similarity: positive {values['pos_sim']:.3f}, negative {values['neg_sim']:+.3f}  "
-            f"queue {values['queue_fill']:.0%} full  {values['images_per_s']:,.0f} images/s  "
-            f"waiting for data {values['data_wait']:.0%}"
-        )
+        chance = "" if self._chance is None else f" (chance {self._chance:.2f})"
+        said = [f"loss {values['loss']:.3f}{chance}"]
+        said += [f"{name} {values[key]:{form}}" for key, name, form in _SHOWN if key in values]
+        status = "  ".join(said)
         self._bar.update(self._task, status=status)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line > QUIET_SECONDS or step == self._total):

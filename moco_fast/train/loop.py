@@ -23,10 +23,12 @@ from moco_fast.distributed import average_, check_agreement, from_all, largest, 
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
+from moco_fast.models.moco import MoCo
 from moco_fast.norm import average_statistics_
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import (
     build_model,
+    build_optimizer,
     channel_statistics,
     check_processes,
     choose_device,
@@ -34,9 +36,11 @@ from moco_fast.train.build import (
     input_channels,
     replicated,
 )
+from moco_fast.train.collapse import CollapseAlarm, EmbeddingWatch
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
 from moco_fast.train.interrupt import StopRequest
+from moco_fast.train.methods import METHODS, Facts, Views
 from moco_fast.train.presets import moved_to
 from moco_fast.train.processes import first_on_machine, joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE, Recorder
@@ -56,6 +60,8 @@ class Outcome:
     folder: Path
     step: int
     interrupted: signal.Signals | None
+    collapsed: bool
+    """Whether the embeddings had collapsed when it ended."""
     accuracy: dict[str, float]
     """kNN accuracy of "raw pixels", "random init" and "trained"; empty if not measurable."""
 
@@ -67,7 +73,7 @@ def pretrain(
     resume: bool | Literal["auto"] = False,
     console: Any = None,
 ) -> Outcome:
-    """Pretrain MoCo and leave a run folder.
+    """Pretrain a method and leave a run folder.
 
     Every process that torchrun started calls this with the same arguments; ``config.batch_size`` is shared
     out among them.
@@ -104,6 +110,11 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         saved = checkpoints.read(out)
         if missing := {"shuffle", "random", "queues"} - saved["moco_fast"].keys():
             raise checkpoints.CheckpointError(f"{out} is of another version: it lacks {sorted(missing)}")
+        trained = saved["moco_fast"]["config"].get("method")
+        if resume is True and trained != config.method:
+            raise checkpoints.CheckpointError(
+                f"method must be that of the checkpoint in {out}, {trained!r}, got {config.method!r}"
+            )
         if resume == "auto":  # with what the run made of its arguments
             config = PretrainConfig.from_dict(saved["moco_fast"]["config"])
     if config.threads:
@@ -129,17 +140,19 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         dataset.train, config.batch_size // world_size(), config.seed, config.workers, rank=rank(),
         world_size=world_size(), pin_memory=device.type == "cuda", log=everywhere.print,
     )  # fmt: skip
-    views = TwoCrops(config.augment, mean, std)
+    views = TwoCrops(config.augment, mean, std, config.augment_second)
     randomness = torch.Generator(device).manual_seed(config.seed)
 
     # model
-    model = build_model(config, channels).to(device).to(memory_format=torch.channels_last)
+    row = METHODS[config.method]
+    labels = dataset.train.labels if row.needs_labels else None
+    facts = Facts(len(dataset.train), len(dataset.class_names) if dataset.train.labels is not None else 0)
+    model = build_model(config, channels, facts).to(device).to(memory_format=torch.channels_last)
+    watch = EmbeddingWatch(model.encoder)
     if config.sync_bn and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay
-    )
+    optimizer = build_optimizer(model, config)
 
     # kNN accuracy of pixels and of the untrained encoder: what the training has to beat
     probe = KnnProbe(
@@ -154,16 +167,19 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         checkpoints.load_model(model, saved)
         optimizer.load_state_dict(saved["optimizer"])
         for group in optimizer.param_groups:  # the config may have been overridden, and is what gets recorded
-            group.update(momentum=config.sgd_momentum, weight_decay=config.weight_decay)
+            group.update(weight_decay=config.weight_decay)
+            if "momentum" in group:
+                group["momentum"] = config.sgd_momentum
         randomness.set_state(extras["views"])
-        if extras["shuffle"] is not None:
+        if isinstance(model, MoCo) and extras["shuffle"] is not None:
             model.shuffle.set_state(extras["shuffle"])
         checkpoints.set_random_state(extras["random"][rank() % len(extras["random"])])
         if extras["queues"] and config.queue_sync == "local":
             queue, ptr = extras["queues"][rank() % len(extras["queues"])]
             model.load_state_dict(model.state_dict() | {"queue": queue, "queue_ptr": ptr})
         step, accuracy = extras["step"], dict(extras["accuracy"])
-        model.verify_queue()
+        if isinstance(model, MoCo):
+            model.verify_queue()
     elif reason := probe.measurable():
         console.print(f"No kNN accuracy: {reason}.")
     else:
@@ -176,14 +192,14 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     total = config.epochs * steps_per_epoch
     if step < total:
         accuracy.pop("trained", None)  # of fewer epochs, where a finished run is prolonged
-    chance = math.log(config.queue_size + 1)
+    chance = math.log(row.chance(config)) if row.chance else None
     knn_every = config.knn_every or max(1, total // KNN_MEASUREMENTS)
     description = json.dumps(config.to_dict() | {"dataset": dataset.note}, indent=2) + "\n"
     on_rank_0(lambda: (out / "config.json").write_text(description))
     where = f"{world_size()} processes, {device.type}" if world_size() > 1 else str(device)
     console.print(
-        f"{dataset.name}: {len(dataset.train):,} images ({dataset.note}). {config.arch} on {where}, "
-        f"{total - step:,} steps of {config.batch_size}. Run folder: {out}",
+        f"{dataset.name}: {len(dataset.train):,} images ({dataset.note}). {config.method} with "
+        f"{config.arch} on {where}, {total - step:,} steps of {config.batch_size}. Run folder: {out}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -195,8 +211,11 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         average_statistics_(model)
         random = from_all(checkpoints.random_state())
         # One queue of every process, unless they are the same.
-        local = config.queue_sync == "local"
-        queues = from_all((model.queue.cpu(), model.queue_ptr.cpu())) if local else []
+        queues, shuffle = [], None
+        if isinstance(model, MoCo):
+            shuffle = model.shuffle.state()
+            if config.queue_sync == "local":
+                queues = from_all((model.queue.cpu(), model.queue_ptr.cpu()))
         # "epoch" counts finished epochs, as in official files.
         state = {
             "epoch": step // steps_per_epoch,
@@ -212,7 +231,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
                 "std": list(std),
                 "accuracy": accuracy,
                 "views": randomness.get_state(),
-                "shuffle": model.shuffle.state(),
+                "shuffle": shuffle,
                 "random": random,
                 "queues": queues,
             },
@@ -220,7 +239,9 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
     recorder = Recorder(out if rank() == 0 else None, step)
-    pending: list[Tensor] = []  # metrics of steps since the last record, still on the device
+    pending: list[dict[str, Tensor]] = []  # metrics of steps since the last record, still on the device
+    alarm = CollapseAlarm()
+    keys_per_image = row.keys_per_image(config)
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
     began, waited = time.monotonic(), 0.0
@@ -230,7 +251,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         nonlocal began, waited
         if not pending:
             return
-        metrics = torch.stack(pending)
+        names = list(pending[0])
+        metrics = torch.stack([torch.stack([found[name] for name in names]) for found in pending])
         average_(metrics)
         rows = metrics.cpu()
         first = step - len(pending) + 1
@@ -240,18 +262,21 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
             bad = int((~finite).nonzero()[0])
             raise NonFiniteLossError(_explain(first + bad, f"loss: {rows[bad, 0].item()}", out))
         now = time.monotonic()
-        means = rows.mean(0).tolist()
         values = {
             "epoch": step / steps_per_epoch,
-            **dict(zip(("loss", "pos_sim", "neg_sim", "acc1"), means, strict=True)),
-            "chance_loss": chance,
+            **dict(zip(names, rows.mean(0).tolist(), strict=True)),
+            **({"chance_loss": chance} if chance else {}),
             "lr": optimizer.param_groups[0]["lr"],
             "images_per_s": len(rows) * config.batch_size / (now - began),
             "data_wait": (loader.wait_seconds - waited) / (now - began),
-            "queue_fill": min(1.0, step * config.batch_size / config.queue_size),
         }
+        if keys_per_image and config.queue_size:
+            keys = step * config.batch_size * keys_per_image
+            values["queue_fill"] = min(1.0, keys / config.queue_size)
         recorder.write(step, **values)
         display.metrics(step, values)
+        if warning := alarm.look(step, values["spread"], values["rank"]):
+            display.say(warning)
         began, waited = now, loader.wait_seconds
 
     stopped = 0  # the signal that ends the run on every process, at the same step
@@ -260,16 +285,21 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
             model.train()
             while step < total and not stopped:
                 epoch, start = divmod(step, steps_per_epoch)
-                for batch in loader.batches(epoch, start):
+                for read in loader.batches(epoch, start):
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(config, step, steps_per_epoch)
-                    images = batch.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
-                    aspect = None if batch.aspect is None else batch.aspect.to(device)
-                    im_q, im_k = views(images, randomness, aspect, (rank(), world_size()))
+                    images = read.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
+                    aspect = None if read.aspect is None else read.aspect.to(device)
+                    first, second = views(images, randomness, aspect, (rank(), world_size()))
                     if config.bf16:  # as autocast would round them, but before they travel
-                        im_q, im_k = im_q.bfloat16(), im_k.bfloat16()
+                        first, second = first.bfloat16(), second.bfloat16()
                     optimizer.zero_grad()
-                    pending.append(_forward_backward(replica, im_q, im_k, config, device))
+                    batch = Views(
+                        first, second, read.indices.to(device, non_blocking=True),
+                        None if labels is None else labels[read.indices].to(device, non_blocking=True),
+                    )  # fmt: skip
+                    metrics = _forward_backward(replica, batch, config, step / total, device)
+                    pending.append(metrics | watch.stats())
                     optimizer.step()
                     step += 1
                     display.advance(step)
@@ -284,7 +314,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
                             f"step {step}: kNN accuracy {knn:.1%} (raw pixels {accuracy['raw pixels']:.1%})"
                         )
                         began = time.monotonic()  # measuring is not training
-                    if step % config.verify_every == 0:
+                    if isinstance(model, MoCo) and step % config.verify_every == 0:
                         model.verify_queue()
                     stopped = largest(stop.signal or 0)[0]
                     if stopped:
@@ -309,25 +339,26 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         on_rank_0(lambda: probe.gallery(model, out / "neighbours.png"))
     if step > 0:
         on_rank_0(lambda: plot_curves(out / METRICS_FILE, out / "curves.png"))
-    return Outcome(out, step, ended_by, accuracy)
+    return Outcome(out, step, ended_by, alarm.since is not None, accuracy)
 
 
 def _forward_backward(
-    model: nn.Module, im_q: Tensor, im_k: Tensor, config: PretrainConfig, device: torch.device
-) -> Tensor:
-    """Add up the gradients of a batch, part by part; returns loss, similarities and accuracy@1, (4,)."""
-    metrics = []
-    parts = list(zip(im_q.chunk(config.accumulation), im_k.chunk(config.accumulation), strict=True))
+    model: nn.Module, views: Views, config: PretrainConfig, progress: float, device: torch.device
+) -> dict[str, Tensor]:
+    """Add up the gradients of a batch, part by part; returns the means of loss and stats."""
+    row = METHODS[config.method]
+    found = []
+    cut = [[None] * config.accumulation if x is None else x.chunk(config.accumulation) for x in views]
+    parts = [Views(*part) for part in zip(*cut, strict=True)]
     ddp = model if isinstance(model, DistributedDataParallel) else None
-    for i, (part_q, part_k) in enumerate(parts):
+    for i, part in enumerate(parts):
         # Gradients are averaged over processes once, with the last part.
         with ddp.no_sync() if ddp and i + 1 < len(parts) else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                loss, stats = model(part_q, part_k, return_loss=True, return_stats=True)
+                loss, stats = row.step(model, part, config, progress)
             (loss / len(parts)).backward()
-        hits = (stats.rank == 0).float().mean()
-        metrics.append(torch.stack([loss.detach(), stats.pos.mean(), stats.neg.mean(), hits]))
-    return torch.stack(metrics).mean(0)
+        found.append({"loss": loss.detach()} | stats)
+    return {name: torch.stack([part[name] for part in found]).mean(0) for name in found[0]}
 
 
 def _refuse_to_overwrite(out: Path) -> None:

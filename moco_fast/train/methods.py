@@ -1,0 +1,113 @@
+"""The methods that can be trained: a row each, naming the model, its options and how a step calls it.
+
+To add one, write its model in ``moco_fast/models/`` and a row here (docs/adding-a-method.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from moco_fast import distributed
+from moco_fast.models.method import Method
+from moco_fast.models.moco import MoCo
+
+Stats = dict[str, Tensor]
+Config = Any  # a PretrainConfig, whose options are set, not None, where the method uses them
+
+
+class Views(NamedTuple):
+    """What a step starts from."""
+
+    first: Tensor  # (N, C, S, S)
+    second: Tensor  # (N, C, S, S)
+    indices: Tensor  # (N,) int64, rows of the training images
+    labels: Tensor | None  # (N,) int64, where the method needs them
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model has to know of the training images."""
+
+    images: int
+    classes: int  # 0 where there are no labels
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method."""
+
+    about: str
+    """What it is, and where it was published."""
+    build: Callable[[Callable[..., nn.Module], Config, Facts], Method]
+    """From a base encoder and the config to the model."""
+    step: Callable[[nn.Module, Views, Config, float], tuple[Tensor, Stats]]
+    """Call the model (or what wraps it) on the views, at this part of the run, 0 to 1: loss and stats."""
+    options: dict[str, Any]
+    """Options of the config that it uses and not every method does, with the values that they have unless
+    given; the others are refused."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """What of the default recipe, for small grey images, suits it better than MoCo's."""
+    chance: Callable[[Config], float] | None = None
+    """Number of classes that the loss chooses among; the loss of guessing is its logarithm."""
+    keys_per_image: Callable[[Config], int] = lambda config: 0
+    """Keys that an image adds to the queue."""
+    in_batch: bool = False
+    """Whether negatives come from the batch, so that a batch in parts would be another method."""
+    needs_labels: bool = False
+
+
+def _moco(encoder: Callable[..., nn.Module], config: Config, facts: Facts, **options: Any) -> MoCo:
+    model = MoCo(
+        encoder, config.dim, config.queue_size, config.momentum, config.temperature,
+        bn_splits=max(1, config.bn_splits // distributed.world_size()), queue_sync=config.queue_sync,
+        **options,
+    )  # fmt: skip
+    model.accumulation_steps = config.accumulation
+    return model
+
+
+def _moco_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
+    loss, stats = model(views.first, views.second, return_loss=True, return_stats=True)
+    hits = (stats.rank == 0).float().mean()
+    return loss, {"pos_sim": stats.pos.mean(), "neg_sim": stats.neg.mean(), "acc1": hits}
+
+
+def _keys_per_image(config: Config) -> int:
+    return 2 if config.symmetric else 1
+
+
+def _positive_and_queue(config: Config) -> int:
+    return config.queue_size + 1
+
+
+_QUEUE = {
+    "queue_size": 4096,
+    "momentum": 0.99,
+    "temperature": 0.2,
+    "bn_splits": 1,
+    "queue_sync": "global",
+    "symmetric": False,
+}
+METHODS: dict[str, Row] = {
+    "moco-v1": Row(
+        "momentum contrast with a linear head; He et al. 2020",
+        _moco,
+        _moco_step,
+        _QUEUE | {"temperature": 0.07},
+        chance=_positive_and_queue,
+        keys_per_image=_keys_per_image,
+    ),
+    "moco-v2": Row(
+        "with a projection MLP; Chen et al. 2020, Improved Baselines",
+        partial(_moco, mlp=True),
+        _moco_step,
+        _QUEUE,
+        chance=_positive_and_queue,
+        keys_per_image=_keys_per_image,
+    ),
+}

@@ -1,0 +1,58 @@
+"""The collapse alarm: its statistics against their definitions, and when it speaks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moco_fast.train.collapse import PATIENCE, CollapseAlarm, EmbeddingWatch, embedding_stats
+
+
+def plain(z):
+    unit = F.normalize(z.double(), dim=1)
+    covariance = (unit - unit.mean(0)).T @ (unit - unit.mean(0)) / len(z)
+    values = torch.linalg.eigvalsh(covariance)
+    spread = (1 - unit.mean(0).square().sum()).clamp(min=0).sqrt()
+    return spread.item(), (values.sum() ** 2 / values.square().sum()).item()
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (7, 33), (257, 5)])
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_statistics_are_their_definitions(shape, shift):
+    z = torch.randn(shape) + shift
+    found = embedding_stats(z)
+    assert (found["spread"].item(), found["rank"].item()) == pytest.approx(plain(z), rel=1e-4)
+
+
+def test_extremes():
+    point = embedding_stats(torch.ones(8, 4) * torch.arange(1, 9)[:, None])
+    assert point["spread"] < 1e-3 and torch.isfinite(point["rank"])
+    line = embedding_stats(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]).repeat(8, 1))
+    assert line["spread"].item() == pytest.approx(1) and line["rank"].item() == pytest.approx(1)
+    isotropic = embedding_stats(torch.eye(8).repeat(2, 1) - 1 / 8)
+    assert isotropic["rank"].item() == pytest.approx(7, rel=1e-4)
+
+
+def test_watch_takes_training_outputs_only():
+    encoder = nn.Linear(3, 2)
+    watch = EmbeddingWatch(encoder)
+    encoder.eval()(torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match="not been called in training"):
+        watch.stats()
+    x = torch.randn(4, 3)
+    out = encoder.train()(x)
+    found = watch.stats()
+    assert found["spread"] == embedding_stats(out)["spread"] and not found["spread"].requires_grad
+
+
+def test_alarm_waits_then_tells_once_and_forgets():
+    alarm = CollapseAlarm()
+    assert alarm.look(10, 0.9, 20.0) is None and alarm.since is None
+    assert alarm.look(20, 0.01, 20.0) is None and alarm.since == 20
+    assert alarm.look(20 + PATIENCE - 1, 0.01, 20.0) is None
+    said = alarm.look(20 + PATIENCE, 0.01, 20.0)
+    assert "COLLAPSE at step 70" in said and "in one point" in said
+    assert alarm.look(20 + PATIENCE + 10, 0.01, 20.0) is None
+    assert alarm.look(100, 0.9, 20.0) is None and alarm.since is None
+    alarm.look(110, 0.9, 1.0)
+    assert "on one line" in alarm.look(110 + PATIENCE, 0.9, 1.0)
