@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from largest import Largest
 from torch.nn import functional as F
 
 import moco_fast
-from moco_fast import checks
+from moco_fast import checks, reference
 from moco_fast.ops.losses import _contrast
 
 OP = "contrast"
@@ -146,6 +147,29 @@ def test_bitwise_repeatable(backend):
     q, k = make(1, 60, 200, 40)  # several shares of the columns
     first, again = fused(q, k, 0.1), fused(q, k, 0.1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("block", [1, 3 * 2 * 31, 2 * 31 * 20], ids=["rows", "a rest", "whole"])
+def test_reference_in_blocks(monkeypatch, block, needs):
+    """Queries a few at a time: the same numbers, whatever is asked for."""
+    q, k = make(2, 20, 31, 16, 5, torch.float64, clustered=True)
+    arguments = (q, k, 0.1, 5, "highest", *needs)
+    want = reference.contrast(*arguments)
+    monkeypatch.setattr("moco_fast.reference.losses.BLOCK", block)
+    found, again = reference.contrast(*arguments), reference.contrast(*arguments)
+    for got, repeated, exact in zip(found, again, want, strict=True):
+        assert torch.equal(got, repeated)
+        torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("trained_keys", [False, True])
+def test_reference_holds_no_logits_of_a_batch_of_4096(trained_keys):
+    """Both directions of MoCo v3: 2 x 4096 x 4096 logits, of which an eighth at a time are in memory."""
+    q, k = torch.randn(2, 2, 4096, 8)
+    with Largest() as largest:
+        reference.contrast(q, k, 1.0, 0, "high", True, trained_keys)
+    assert 2**20 < largest.elements <= 2**22
 
 
 def test_two_directions_are_two_problems(backend):

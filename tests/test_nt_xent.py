@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from largest import Largest
 from torch.nn import functional as F
 
 import moco_fast
-from moco_fast import checks
+from moco_fast import checks, reference
 from moco_fast.ops.losses import _nt_xent
 
 OP = "nt_xent"
@@ -129,6 +130,28 @@ def test_bitwise_repeatable(backend):
     first = fused(z1, z2, 0.1)
     again = fused(z1, z2, 0.1)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("need_dz", [True, False])
+@pytest.mark.parametrize("block", [1, 7 * 40, 40 * 40], ids=["rows", "a rest", "whole"])
+def test_reference_in_blocks(monkeypatch, block, need_dz):
+    """Views a few at a time: the same numbers, whatever is asked for."""
+    z = torch.cat(make(20, 16, torch.float64, clustered=True))
+    want = reference.nt_xent(z, 0.1, "highest", need_dz)
+    monkeypatch.setattr("moco_fast.reference.losses.BLOCK", block)
+    found, again = (reference.nt_xent(z, 0.1, "highest", need_dz) for _ in range(2))
+    for got, repeated, exact in zip(found, again, want, strict=True):
+        assert torch.equal(got, repeated)
+        torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("block", [2**16, 2**18])
+def test_reference_holds_no_logits_of_a_batch(monkeypatch, block):
+    """Of 1024 x 1024 similarities no more than a block is in memory."""
+    monkeypatch.setattr("moco_fast.reference.losses.BLOCK", block)
+    with Largest() as largest:
+        reference.nt_xent(torch.randn(1024, 8), 0.5, "high", True)
+    assert largest.elements == block
 
 
 def test_reductions_and_gradient_scale(backend):

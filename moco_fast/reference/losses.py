@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from moco_fast.reference.common import EPS, compute_dtype, normalise
+
+BLOCK = 2**22  # elements of the logits in memory at a time, of the losses within a batch; 16 MB in fp32
+
+
+def row_blocks(
+    rows: int,
+    width: int,  # elements that one row takes
+) -> Iterator[slice]:
+    """All rows in order, cut where their elements would pass ``BLOCK``."""
+    each = max(1, BLOCK // width)
+    return (slice(start, min(start + each, rows)) for start in range(0, rows, each))
 
 
 def _through_norm(
@@ -99,16 +112,22 @@ def nt_xent(
     dtype = compute_dtype(z)
     z_hat, norm = normalise(z.to(dtype))
     rows = z.shape[0]
-    other_hat = z_hat.roll(rows // 2, 0)
     index = torch.arange(rows, device=z.device)
-    logits = z_hat @ z_hat.t() / temperature
-    logits[index, index] = -torch.inf
-    logits[index, index.roll(rows // 2)] = -torch.inf
-    loss, exps, total, miss = _cross_entropy((z_hat * other_hat).sum(dim=1) / temperature, logits)
+    other = index.roll(rows // 2)
+    positive = (z_hat * z_hat[other]).sum(dim=1) / temperature
+    loss, miss = torch.empty_like(positive), torch.empty_like(positive)
+    dz_hat = torch.zeros_like(z_hat[: rows if need_dz else 0])
+    for block in row_blocks(rows, rows):
+        logits = z_hat[block] @ z_hat.t() / temperature  # (rows of the block, 2N)
+        logits.scatter_(1, torch.stack([index[block], other[block]], dim=1), -torch.inf)
+        loss[block], exps, total, miss[block] = _cross_entropy(positive[block], logits)
+        if need_dz:
+            p = exps.div_(total[:, None])
+            dz_hat[block] += p @ z_hat
+            dz_hat += p.t() @ z_hat[block]
     if not need_dz:
-        return loss, loss.new_empty((0, z.shape[1]))
-    p = exps / total[:, None]
-    dz_hat = ((p + p.t()) @ z_hat - (miss + miss.roll(rows // 2))[:, None] * other_hat) / temperature
+        return loss, dz_hat
+    dz_hat = (dz_hat - (miss + miss[other])[:, None] * z_hat[other]) / temperature
     return loss, _through_norm(dz_hat, z_hat, norm)
 
 
@@ -140,20 +159,24 @@ def contrast(
     dtype = compute_dtype(q, k)
     q_hat, q_norm = normalise(q.to(dtype))
     k_hat, k_norm = normalise(k.to(dtype))
-    problems, rows, features = q.shape
+    problems, rows, _ = q.shape
     index = torch.arange(rows, device=q.device)
     own = slice(labels, labels + rows)
-    logits = q_hat @ k_hat.mT / temperature  # (D, N, M)
-    logits[:, index, index + labels] = -torch.inf
-    positive = (q_hat * k_hat[:, own]).sum(dim=2) / temperature
-    loss, exps, total, miss = _cross_entropy(positive, logits)
-    dq, dk = (loss.new_empty((problems, 0, features)) for _ in range(2))
-    p = exps / total[..., None] if need_dq or need_dk else exps
-    if need_dq:
-        dq_hat = (p @ k_hat - miss[..., None] * k_hat[:, own]) / temperature
-        dq = _through_norm(dq_hat, q_hat, q_norm)
-    if need_dk:
-        dk_hat = p.mT @ q_hat
-        dk_hat[:, own] -= miss[..., None] * q_hat
-        dk = _through_norm(dk_hat / temperature, k_hat, k_norm)
+    own_hat = k_hat[:, own]
+    positive = (q_hat * own_hat).sum(dim=2) / temperature
+    loss = torch.empty_like(positive)
+    dq_hat = torch.empty_like(q_hat[:, : rows if need_dq else 0])
+    dk_hat = torch.zeros_like(k_hat[:, : None if need_dk else 0])
+    for block in row_blocks(rows, problems * k.shape[1]):
+        logits = q_hat[:, block] @ k_hat.mT / temperature  # (D, rows of the block, M)
+        logits[:, index[block] - block.start, index[block] + labels] = -torch.inf
+        loss[:, block], exps, total, miss = _cross_entropy(positive[:, block], logits)
+        p = exps.div_(total[..., None]) if need_dq or need_dk else exps
+        if need_dq:
+            dq_hat[:, block] = p @ k_hat - miss[..., None] * own_hat[:, block]
+        if need_dk:
+            dk_hat += p.mT @ q_hat[:, block]
+            dk_hat[:, own][:, block] -= miss[..., None] * q_hat[:, block]
+    dq = _through_norm(dq_hat / temperature, q_hat, q_norm) if need_dq else dq_hat
+    dk = _through_norm(dk_hat / temperature, k_hat, k_norm) if need_dk else dk_hat
     return loss, dq, dk

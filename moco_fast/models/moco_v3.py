@@ -1,0 +1,241 @@
+"""MoCo v3, in place of the official ``MoCo_ResNet`` and ``MoCo_ViT``.
+
+Source: Chen, Xie, He 2021, "An Empirical Study of Training Self-Supervised Vision Transformers", algorithm 1
+and section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moco_fast import checks, distributed, ops
+from moco_fast.models import heads
+from moco_fast.models.method import Method
+from moco_fast.reference import compute_dtype
+from moco_fast.reference.losses import row_blocks
+
+
+def momentum_at(progress: float, m0: float) -> float:
+    """Momentum of the keys after a share of the training: ``1 - (1 + cos(pi * progress)) (1 - m0) / 2``.
+
+    Rises from ``m0`` to 1 along half a cosine. Source: section 4.1 of the paper.
+
+    Args:
+        progress: epochs done over all epochs, parts of an epoch included, in [0, 1].
+        m0: momentum at the start, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: an argument out of range, named.
+    """
+    checks.momentum(progress, name="progress")
+    checks.momentum(m0, name="m0")
+    return 1 - (1 + math.cos(math.pi * progress)) * (1 - m0) / 2
+
+
+class MoCoV3(Method):
+    """Two views against each other's keys within the batch, of all ranks; no queue.
+
+    With q = predictor(base_encoder(x)), k = momentum_encoder(x) and y the key of query i::
+
+        loss = 2 T (CE(q1^ k2^' / T, y) + CE(q2^ k1^' / T, y))
+
+    Constructor, call, and the names and order of the state dict are the official ones, so scripts and
+    checkpoints keep working; a process group is optional. The momentum encoder follows by its parameters
+    alone, those that are trained: statistics of its batch norms are its own.
+
+    Use :class:`MoCo_ResNet` or :class:`MoCo_ViT`, which differ in their MLPs.
+
+    Args:
+        base_encoder: called as ``base_encoder(num_classes=dim)``, base first, then momentum encoder. Its
+            head is ``fc``, ``head``, ``classifier`` or ``heads``, where the projector replaces it.
+        dim: features of the embedding.
+        mlp_dim: features of the hidden layers of projector and predictor.
+        T: softmax temperature, above 0.
+
+    Attributes:
+        PROJECTOR_LAYERS, PREDICTOR_NORM: depth of the projector, and whether the predictor ends with a norm.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, named.
+
+    Example:
+        >>> model = MoCo_ResNet(torchvision.models.resnet50, 256, 4096, 1.0)
+        >>> loss = model(view_1, view_2, momentum_at(step / steps, 0.99))
+    """
+
+    ENCODER = "base_encoder"
+    PROJECTOR_LAYERS: ClassVar[int]
+    PREDICTOR_NORM: ClassVar[bool]
+
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 256,
+        mlp_dim: int = 4096,
+        T: float = 1.0,
+    ) -> None:
+        if not callable(base_encoder):
+            raise TypeError(
+                f"base_encoder must be callable as base_encoder(num_classes=dim), "
+                f"got {type(base_encoder).__name__}"
+            )
+        checks.count("dim", dim)
+        checks.count("mlp_dim", mlp_dim)
+        checks.temperature(T, name="T")
+        super().__init__()
+        self.T = T
+        self.dim = dim
+        # One seed, one initial state: drawn encoder by encoder, then the MLPs in the same order.
+        self.base_encoder = base_encoder(num_classes=dim)
+        self.momentum_encoder = base_encoder(num_classes=dim)
+        self.head = heads.head_path(self.base_encoder)
+        width = self.base_encoder.get_submodule(self.head).in_features
+        hidden = [mlp_dim] * (self.PROJECTOR_LAYERS - 1)
+        for encoder in (self.base_encoder, self.momentum_encoder):
+            heads.replace(encoder, self.head, heads.mlp([width, *hidden, dim], last_norm=True))
+        self.predictor = heads.mlp([dim, mlp_dim, dim], last_norm=self.PREDICTOR_NORM)
+        for base, momentum in zip(
+            self.base_encoder.parameters(), self.momentum_encoder.parameters(), strict=True
+        ):
+            momentum.data.copy_(base.data)
+            momentum.requires_grad = False
+
+    def forward(
+        self,
+        x1: Tensor,  # (N, ...)
+        x2: Tensor,  # (N, ...)
+        m: float | Tensor,
+        *,
+        return_stats: bool = False,
+    ) -> Any:
+        """The loss of both directions, as in the class.
+
+        In training mode the momentum encoder is updated before it computes keys, and the keys of all ranks
+        are gathered once. In eval mode nothing changes, and a rank contrasts its own keys alone.
+
+        Args:
+            x1: one view of every image.
+            x2: the other.
+            m: momentum of the momentum encoder, in [0, 1]; a 0-d tensor on its device is not read back.
+                :func:`momentum_at` gives the schedule.
+            return_stats: also return means over the queries of both directions: "pos_sim", cosine with the
+                own key; "neg_sim", mean cosine with all others; "acc1", share whose own key is the closest.
+
+        Returns:
+            The loss, a scalar; or ``(loss, stats)``.
+
+        Raises:
+            TypeError, ValueError: views that are no tensors, of different or no images; m or T out of range.
+            Disagreement: on every rank, if ranks were given different batches or options.
+        """
+        self._prepare(x1, x2, m)
+        q = torch.stack([self.predictor(self.base_encoder(x)) for x in (x1, x2)])
+        with torch.no_grad():
+            if self.training:
+                self._update_momentum_encoder(m)
+            k1, k2 = (self.momentum_encoder(x) for x in (x1, x2))
+            k, first = self._all_keys(torch.stack([k2, k1]).to(q.dtype))
+        loss = 4 * self.T * ops.contrast(q, k, self.T, labels=first)  # the mean of two directions, times 2
+        return (loss, similarities(q.detach(), k, first)) if return_stats else loss
+
+    def _update_momentum_encoder(self, m: float | Tensor) -> None:
+        both = zip(self.momentum_encoder.parameters(), self.base_encoder.parameters(), strict=True)
+        # Frozen ones, as position embeddings, are equal already, and would move apart by rounding.
+        pairs = [(momentum, base) for momentum, base in both if base.requires_grad]
+        ops.ema_update_([momentum for momentum, _ in pairs], [base for _, base in pairs], m)
+
+    def _all_keys(
+        self,
+        k: Tensor,  # (2, N, dim)
+    ) -> tuple[Tensor, int]:
+        """The keys of all ranks, (2, W N, dim), and which is the first of this one's."""
+        if not self.training or distributed.world_size() == 1:
+            return k, 0
+        gathered = distributed.all_gather_rows(k.transpose(0, 1))  # both directions in one collective
+        return gathered.transpose(0, 1).contiguous(), k.shape[1] * distributed.rank()
+
+    def _prepare(self, x1: Tensor, x2: Tensor, m: float | Tensor) -> None:
+        """Raise for what is wrong with a step, on all ranks alike, before anything is changed."""
+        problem: Exception | None = None
+        facts: dict[str, object] = {}
+        try:
+            self._check(x1, x2, m)
+            kind = x1.device.type
+            facts = {
+                "x1": tuple(x1.shape),
+                "x2": tuple(x2.shape),
+                "T": self.T,
+                "m": m if not isinstance(m, Tensor) else m.item() if m.device.type == "cpu" else "a tensor",
+                "dim": self.dim,
+                "autocast": torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            }
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = error
+        if self.training:
+            distributed.check_agreement(facts, problem)
+        elif problem is not None:
+            raise problem
+
+    def _check(self, x1: Tensor, x2: Tensor, m: float | Tensor) -> None:
+        checks.temperature(self.T, name="T")  # it may have been set since the constructor
+        for name, images in (("x1", x1), ("x2", x2)):
+            if not isinstance(images, Tensor) or images.ndim == 0:
+                shown = (
+                    f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+                )
+                raise TypeError(f"{name} must be a tensor of images (N, ...), got {shown}")
+        if x1.shape[0] != x2.shape[0]:
+            raise ValueError(f"x2 must hold as many images as x1, {x1.shape[0]}, got {x2.shape[0]}")
+        if x1.shape[0] == 0:
+            raise ValueError(f"x1 must hold at least one image, got shape {tuple(x1.shape)}")
+        if isinstance(m, Tensor):
+            beside = next(self.momentum_encoder.parameters())
+            checks.scalar_tensor("m", m, "momentum_encoder", beside)
+        if not isinstance(m, Tensor) or m.device.type == "cpu":
+            checks.momentum(m.item() if isinstance(m, Tensor) else m)
+
+
+class MoCo_ResNet(MoCoV3):
+    """MoCo v3 of a convolutional network: a projector of two layers, a predictor without a last norm.
+
+    Any encoder whose head :func:`moco_fast.models.heads.head_path` finds. Arguments: :class:`MoCoV3`.
+    """
+
+    PROJECTOR_LAYERS, PREDICTOR_NORM = 2, False
+
+
+class MoCo_ViT(MoCoV3):
+    """MoCo v3 of a vision transformer: a projector of three layers, a predictor with a last norm.
+
+    Encoders: :mod:`moco_fast.models.vits`. Arguments: :class:`MoCoV3`.
+    """
+
+    PROJECTOR_LAYERS, PREDICTOR_NORM = 3, True
+
+
+@torch.no_grad()
+def similarities(
+    q: Tensor,  # (D, N, C), raw
+    k: Tensor,  # (D, M, C), raw
+    first: int,
+) -> dict[str, Tensor]:
+    """Statistics of :meth:`MoCoV3.forward`; the key of query i is ``first + i``. No N x M matrix is held."""
+    dtype = compute_dtype(q, k)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = F.normalize(q.to(dtype), dim=2), F.normalize(k.to(dtype), dim=2)
+        problems, rows, columns = len(q), q.shape[1], k.shape[1]
+        positive = (q * k[:, first : first + rows]).sum(dim=2)
+        everyone = (q * k.sum(dim=1, keepdim=True)).sum(dim=2)  # the sum over keys is linear
+        blocks = row_blocks(rows, problems * columns)
+        closest = torch.cat([(q[:, block] @ k.mT).argmax(dim=2) for block in blocks], dim=1)
+    return {
+        "pos_sim": positive.mean(),
+        "neg_sim": (everyone - positive).mean() / max(columns - 1, 1),
+        "acc1": (closest == first + torch.arange(rows, device=q.device)).to(dtype).mean(),
+    }
