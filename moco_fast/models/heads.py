@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from torch import nn
+
+from moco_fast import checks
 
 HEAD_NAMES = ("fc", "head", "classifier", "heads")
 
@@ -38,6 +43,42 @@ def insert_mlp(encoder: nn.Module, path: str) -> None:
     linear = encoder.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     width = linear.in_features
-    owner, _, name = path.rpartition(".")
     # named by index, so that a ResNet's keys are fc.0.* and fc.2.*
-    setattr(encoder.get_submodule(owner), name, nn.Sequential(nn.Linear(width, width), nn.ReLU(), linear))
+    replace(encoder, path, nn.Sequential(nn.Linear(width, width), nn.ReLU(), linear))
+
+
+def mlp(
+    dims: Sequence[int],  # features of the input, of every hidden layer, of the output
+    *,
+    last_norm: bool,
+) -> nn.Sequential:
+    """Linear layers with batch norm and ReLU between them: the projectors and predictors of MoCo v3.
+
+    ``Linear, BN, ReLU, ..., Linear[, BN]``. No linear layer has a bias, which a batch norm would take away.
+
+    Args:
+        dims: at least two.
+        last_norm: a batch norm without weight and bias after the last layer.
+
+    Raises:
+        TypeError, ValueError: fewer than two dims, or one that is not a positive integer.
+
+    Source: Chen et al. 2021, "An Empirical Study of Training Self-Supervised Vision Transformers", section 3.
+    """
+    if len(dims) < 2:
+        raise ValueError(f"dims must hold those of the input and of the output, got {list(dims)}")
+    for i, dim in enumerate(dims):
+        checks.count(f"dims[{i}]", dim)
+    layers: list[nn.Module] = []
+    for width, out in pairwise(dims[:-1]):
+        layers += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=False))
+    if last_norm:
+        layers.append(nn.BatchNorm1d(dims[-1], affine=False))
+    return nn.Sequential(*layers)
+
+
+def replace(encoder: nn.Module, path: str, head: nn.Module) -> None:
+    """Put ``head`` where the module at ``path`` is."""
+    owner, _, name = path.rpartition(".")
+    setattr(encoder.get_submodule(owner), name, head)
