@@ -72,7 +72,7 @@ def test_bad_batches_change_nothing():
     for a, b, error, message in [
         (x1, x2[:5], ValueError, "x2 must hold as many images as x1, 12, got 5"),
         (x1, x2[..., 2:], ValueError, r"x2 must have the shape of x1, \(12, 3, 8, 8\), got \(12, 3, 8, 6\)"),
-        (x1[:0], x2[:0], ValueError, "x1 must hold at least one image"),
+        (x1[:0], x2[:0], ValueError, "x1 must hold at least 1 images"),
         (x1, "x2", TypeError, "x2 must be a tensor of images .* got str"),
     ]:
         with pytest.raises(error, match=message):

@@ -69,9 +69,9 @@ def all_gather_rows_with_grad(
 
     Args:
         x: this rank's rows.
-        same_loss: every rank computes the same loss of all rows; the sum is then W times the own gradient, and
-            no gradient is exchanged. The other ranks' rows are constants to this one, which changes nothing:
-            the gradient to one row does not ask whether another wants one.
+        same_loss: every rank computes the same loss of all rows; the sum is then W times the own gradient,
+            and no gradient is exchanged. The other ranks' rows are constants to this one, which changes
+            nothing: the gradient to one row does not ask whether another wants one.
     """
     return x if world_size() == 1 else _GatherWithGrad.apply(x, same_loss)
 

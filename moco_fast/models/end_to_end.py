@@ -20,8 +20,8 @@ from moco_fast.models.method import Method
 class EndToEnd(Method):
     """One encoder for queries and keys, whose negatives are the other keys of the batch.
 
-    What MoCo replaces by a queue: here the dictionary is as large as the batch. Over several ranks it is that of
-    all of them.
+    What MoCo replaces by a queue: here the dictionary is as large as the batch. Over several ranks it is that
+    of all of them.
 
     Args:
         base_encoder: called as ``base_encoder(num_classes=dim)``.

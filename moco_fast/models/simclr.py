@@ -20,8 +20,8 @@ from moco_fast.models.method import Method
 class SimCLR(Method):
     """One encoder with a projection MLP, trained by NT-Xent over the 2N views of a batch.
 
-    The head is the paper's: linear, ReLU, linear, with a hidden layer as wide as the features (section 4.2), and
-    no batch norm. Both views pass the encoder as one batch, so its batch norms see all 2N of them.
+    The head is the paper's: linear, ReLU, linear, with a hidden layer as wide as the features (section 4.2),
+    and no batch norm. Both views pass the encoder as one batch, so its batch norms see all 2N of them.
 
     Over several ranks the batch is that of all of them.
 

@@ -36,10 +36,11 @@ def build_encoder(base_encoder: Callable[..., nn.Module], dim: int) -> tuple[nn.
     return encoder, head
 
 
-def check_views(*, same_shape: bool = False, **views: object) -> dict[str, object]:
+def check_views(*, least: int = 1, same_shape: bool = False, **views: object) -> dict[str, object]:
     """Check the images of a step, given by name, and return their shapes by name.
 
     Args:
+        least: images there have to be.
         same_shape: whether they are encoded as one batch.
         views: every one (N, ...).
 
@@ -59,8 +60,8 @@ def check_views(*, same_shape: bool = False, **views: object) -> dict[str, objec
             raise ValueError(f"{name} must hold as many images as {first}, {shape[0]}, got {other[0]}")
         if same_shape and other != shape:
             raise ValueError(f"{name} must have the shape of {first}, {shape}, got {other}")
-    if shape[0] == 0:
-        raise ValueError(f"{first} must hold at least one image, got shape {shape}")
+    if shape[0] < least:
+        raise ValueError(f"{first} must hold at least {least} images, got shape {shape}")
     return dict(shapes)
 
 
