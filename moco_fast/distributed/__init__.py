@@ -15,9 +15,11 @@ from moco_fast.distributed.agreement import (
 )
 from moco_fast.distributed.collectives import (
     all_gather_rows,
+    all_gather_rows_with_grad,
     average_,
     broadcast_,
     local_shards,
+    own_rows,
     rank,
     world_size,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "Disagreement",
     "Exchange",
     "all_gather_rows",
+    "all_gather_rows_with_grad",
     "average_",
     "balanced_order",
     "broadcast_",
@@ -40,6 +43,7 @@ __all__ = [
     "largest",
     "local_shards",
     "name_ranks",
+    "own_rows",
     "rank",
     "scheme",
     "use_scheme",

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
 
@@ -36,6 +37,43 @@ def all_gather_rows(
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
     dist.all_gather_into_tensor(out, x.detach().contiguous())
     return out
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, same_loss):
+        ctx.same_loss, ctx.rows = same_loss, x.shape[0]
+        return all_gather_rows(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if ctx.same_loss:  # every rank has this gradient: the sum over ranks without a collective
+            return grad[own_rows(ctx.rows)] * world_size(), None
+        out = grad.new_empty((ctx.rows, *grad.shape[1:]))
+        dist.reduce_scatter_tensor(out, grad.contiguous())
+        return out, None
+
+
+def all_gather_rows_with_grad(
+    x: Tensor,  # (N, ...), the same N on every rank
+    *,
+    same_loss: bool,
+) -> Tensor:
+    """Rows of all ranks in rank order, (W * N, ...), with the gradient of the sum of all ranks' losses.
+
+    A rank's rows get the gradients that every rank's loss has to them, added up. DistributedDataParallel
+    divides by W when it averages the gradients of parameters: what is left is the gradient of the mean of the
+    ranks' losses, the same as one process with all rows computes, as long as the encoder treats images one
+    by one.
+
+    Args:
+        x: this rank's rows.
+        same_loss: every rank computes the same loss of all rows; the sum is then W times the own gradient,
+            and no gradient is exchanged. The other ranks' rows are constants to this one, which changes
+            nothing: the gradient to one row does not ask whether another wants one.
+    """
+    return x if world_size() == 1 else _GatherWithGrad.apply(x, same_loss)
 
 
 def broadcast_(*tensors: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,16 @@ class Method(nn.Module):
 
     Attributes:
         ENCODER: name of the submodule that is pretrained and kept.
+        encoder: that submodule, which may have this very name.
         head: dotted path, inside the encoder, of what follows the pooled features.
     """
 
     ENCODER: ClassVar[str]
+    encoder: nn.Module
     head: str
 
-    @property
-    def encoder(self) -> nn.Module:
-        """The encoder whose features are evaluated."""
-        return self.get_submodule(self.ENCODER)
+    def __getattr__(self, name: str) -> Any:  # of what is no plain attribute, as submodules are
+        return super().__getattr__(self.ENCODER if name == "encoder" else name)
 
     def features(
         self,

@@ -6,21 +6,21 @@ Representation Learning", algorithm 1; Chen et al. 2020, "Improved Baselines".
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moco_fast import checks, distributed, ops
-from moco_fast.models import heads
+from moco_fast.models import heads, moco_checks, steps
 from moco_fast.models.method import Method
 from moco_fast.norm import sees_neighbours, split_batchnorm
 from moco_fast.queue import KeyQueue
-from moco_fast.reference import is_channels_last
+
+_Keys: TypeAlias = tuple[Tensor, Tensor | None]  # keys, and the order to write them in
 
 
 class MoCo(Method, KeyQueue):
@@ -43,6 +43,9 @@ class MoCo(Method, KeyQueue):
             devices; it must divide the batch.
         queue_sync: "global", the keys of all ranks in one queue that is the same everywhere, or "local", a
             queue per rank of that rank's keys, which saves the gathering of keys.
+        symmetric: both views are queries in turn, against the other view's keys and one queue. The loss is the
+            *sum* of both directions, as in the official CIFAR notebook, and the keys of both views are
+            enqueued, 2N a step. Fused loss only, whose statistics are those of 2N queries.
 
     Attributes:
         accumulation_steps: forward passes per optimizer step, 1 unless set. The key encoder is updated before
@@ -74,13 +77,8 @@ class MoCo(Method, KeyQueue):
         *,
         bn_splits: int = 1,
         queue_sync: str = "global",
+        symmetric: bool = False,
     ) -> None:
-        if not callable(base_encoder):
-            raise TypeError(
-                f"base_encoder must be callable as base_encoder(num_classes=dim), "
-                f"got {type(base_encoder).__name__}"
-            )
-        checks.count("dim", dim)
         checks.count("K", K)
         checks.momentum(m)
         checks.temperature(T, name="T")
@@ -88,23 +86,16 @@ class MoCo(Method, KeyQueue):
         checks.one_of("queue_sync", queue_sync, ("global", "local"))
 
         # Drawn in the official order (query, key, MLPs, queue): one seed, one initial state.
-        encoder_q = base_encoder(num_classes=dim)
-        encoder_k = base_encoder(num_classes=dim)
-        head = heads.head_path(encoder_q)
-        width = encoder_q.get_submodule(head).out_features
-        if width != dim:
-            raise ValueError(
-                f"base_encoder(num_classes={dim}) must return {dim} features, its head has {width}"
-            )
+        encoder_q, head = steps.build_encoder(base_encoder, dim)
+        encoder_k, _ = steps.build_encoder(base_encoder, dim)
         if mlp:
             heads.insert_mlp(encoder_q, head)
             heads.insert_mlp(encoder_k, head)
         super().__init__(dim, K)
 
         self.K, self.m, self.T = K, m, T
-        self.bn_splits, self.queue_sync = bn_splits, queue_sync
-        self._part = 0  # of the forward passes of a step
-        self._waiting: list[Tensor] = []  # keys of the parts so far
+        self.bn_splits, self.queue_sync, self.symmetric = bn_splits, queue_sync, symmetric
+        self._waiting: list[list[_Keys]] = []  # what the parts of a step have to enqueue, by direction
         self._accumulation_steps = 1
         self.head = head
         self.ema_in_step = False
@@ -138,18 +129,22 @@ class MoCo(Method, KeyQueue):
             return_stats: with ``return_loss``, see :meth:`loss`.
 
         Returns:
-            logits (N, 1 + K), divided by T, the positive in column 0; labels (N,) int64 zeros.
+            the loss; or logits (N, 1 + K), divided by T, the positive in column 0; labels (N,) int64 zeros.
 
         Raises:
-            ValueError: batches of different size, empty, or larger than K; return_stats without return_loss.
+            ValueError: batches of different size, empty, or larger than K; return_stats, or a symmetric model,
+                without return_loss.
             Disagreement: on every rank, if ranks were given different batches or options.
             RuntimeError: converted to SyncBatchNorm despite ``bn_splits``.
         """
-        q, k, enqueue = self._encode(im_q, im_k, stats_alone=return_stats and not return_loss)
+        q, k, enqueue = self._encode(im_q, im_k, return_loss, return_stats)
         if return_loss:
             result = ops.info_nce(q, k, self.negatives, self.T, return_stats=return_stats)
             enqueue()
-            return result
+            if not self.symmetric:
+                return result
+            # From the mean over the rows of both directions to the sum of their means.
+            return (2 * result[0], result[1]) if return_stats else 2 * result
         q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
         positives = (q * k).sum(dim=1, keepdim=True)
         # A copy, because the rows are overwritten before backward needs them.
@@ -218,9 +213,15 @@ class MoCo(Method, KeyQueue):
 
     def end_step(self) -> None:
         """Enqueue what waits for the last of ``accumulation_steps`` parts, where a step ends before it."""
-        waiting, self._waiting, self._part = self._waiting, [], 0
-        if waiting:
-            self.enqueue_(torch.cat(waiting))
+        waiting, self._waiting = self._waiting, []
+        # The second direction's keys, those of the first view, are the first to be enqueued.
+        for parts in reversed(list(zip(*waiting, strict=True))):
+            if len(parts) == 1:
+                self.enqueue_(*parts[0])
+            else:
+                self.enqueue_(
+                    torch.cat([k if order is None else ops.take_rows(k, order) for k, order in parts])
+                )
 
     @property
     def accumulation_steps(self) -> int:
@@ -233,109 +234,41 @@ class MoCo(Method, KeyQueue):
         self._accumulation_steps = count
 
     def _encode(
-        self, im_q: Tensor, im_k: Tensor, stats_alone: bool
+        self, im_q: Tensor, im_k: Tensor, return_loss: bool, return_stats: bool
     ) -> tuple[Tensor, Tensor, Callable[[], None]]:
-        """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks."""
-        problem: Exception | None = None
-        facts: dict[str, object] = {}
-        shuffles = False
-        try:
-            self._check(im_q, im_k, stats_alone)
-            # Among other neighbours than their queries, unless one device sees all of them.
-            shuffles = distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
-            facts = self._facts(im_q, im_k, shuffles)
-        except Exception as error:  # whatever it is, the other ranks must hear of it
-            problem = error
-        if not self.training:
-            if problem is not None:
-                raise problem
-            with torch.no_grad():
-                k = self.encoder_k(im_k)
-            return self.encoder_q(im_q), k, lambda: None
+        """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks.
 
-        distributed.check_agreement(facts, problem)
+        A symmetric model's are (2N, dim): im_q against im_k, then im_k against im_q.
+        """
+        # Among other neighbours than their queries, unless one device sees all of them.
+        shuffles = distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
+        steps.agree(
+            self,
+            lambda: moco_checks.step(self, im_q, im_k, return_loss, return_stats, shuffles),
+            getattr(im_k, "device", None),
+        )
+        directions = [(im_q, im_k), (im_k, im_q)][: 2 if self.symmetric else 1]
+        if not self.training:
+            with torch.no_grad():
+                k = _joined([self.encoder_k(images) for _, images in directions])
+            return _joined([self.encoder_q(images) for images, _ in directions]), k, lambda: None
+
         if self.shuffle.generator is None:  # the first step: agree once on a seed and an initial queue
             self.shuffle.agree(self.queue_ptr.device)
             if self.queue_sync == "global":
                 distributed.broadcast_(self.rows, self.queue_ptr)
                 self._forget_mirror()
-        exchange = None
-        if shuffles:
-            plan = self.shuffle.plan(len(im_k), self.bn_splits, im_k.device)
-            exchange = distributed.Exchange(im_k, plan)  # travels while the queries are encoded
-        if self._part == 0 and not self.ema_in_step:
+        # Images travel while the queries are encoded.
+        exchanges = [self._exchange(images) if shuffles else None for _, images in directions]
+        if not self._waiting and not self.ema_in_step:
             self._update_key_encoder()
-        q = self.encoder_q(im_q)
+        q = _joined([self.encoder_q(images) for images, _ in directions])
         with torch.no_grad():
-            k, all_keys, order = self._keys(im_k, exchange)
-        return q, k, partial(self._enqueue_part, all_keys, order)
+            keys = [self._keys(images, way) for (_, images), way in zip(directions, exchanges, strict=True)]
+        return q, _joined([own for own, _ in keys]), partial(self._end_part, [every for _, every in keys])
 
-    def _check(self, im_q: Tensor, im_k: Tensor, stats_alone: bool) -> None:
-        """Raise for what is wrong with a step, before anything is changed."""
-        if stats_alone:
-            raise ValueError("return_stats must be left out without return_loss=True, got True")
-        checks.momentum(self.m)  # these may have been set since the constructor, by a schedule
-        checks.temperature(self.T, name="T")
-        checks.count("accumulation_steps", self.accumulation_steps)
-        for name, images in (("im_q", im_q), ("im_k", im_k)):
-            if not isinstance(images, Tensor) or images.ndim == 0:
-                shown = (
-                    f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-                )
-                raise TypeError(f"{name} must be a tensor of images (N, ...), got {shown}")
-        if im_q.shape[0] != im_k.shape[0]:
-            raise ValueError(f"im_k must hold as many images as im_q, {im_q.shape[0]}, got {im_k.shape[0]}")
-        enqueued = im_q.shape[0]
-        if self.training:
-            enqueued *= self.accumulation_steps
-            enqueued *= distributed.world_size() if self.queue_sync == "global" else 1
-        if not 1 <= enqueued <= (self.K if self.training else enqueued):
-            raise ValueError(f"the batch must hold 1 to K={self.K} images, got {enqueued}")
-        if not self.training:
-            return
-        if (
-            hasattr(self, "unshard")
-            and not self.ema_in_step
-            and not all(hasattr(p, "to_local") for p in self.parameters())
-        ):  # of FSDP2, which has gathered the parameters by now and drops what is written to them
-            raise RuntimeError(
-                "fully_shard(model) needs fully_shard(model.encoder_q) and fully_shard(model.encoder_k) "
-                "before it, so that the key encoder's shards can be updated"
-            )
-        if im_q.shape[0] % self.bn_splits:
-            raise ValueError(f"bn_splits={self.bn_splits} must divide the batch, got {im_q.shape[0]} samples")
-        if self.bn_splits > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.encoder_k.modules()):
-            raise RuntimeError(
-                f"bn_splits={self.bn_splits} asks for statistics of parts of the batch, but the encoder was "
-                "converted to SyncBatchNorm, which takes them over all of it: leave one of the two out"
-            )
-
-    def _facts(self, im_q: Tensor, im_k: Tensor, shuffles: bool) -> dict[str, object]:
-        """What has to be the same on every rank for the next step to be one step."""
-        if distributed.world_size() == 1:
-            return {}
-        if self._parameter_digest is None:
-            state = [*self.named_parameters(), *self.named_buffers()]
-            described = [(name, tuple(x.shape), x.dtype) for name, x in state if name != "queue"]
-            self._parameter_digest = hashlib.blake2b(repr(described).encode(), digest_size=8).hexdigest()
-        kind = im_k.device.type
-        return {
-            "im_q": tuple(im_q.shape),
-            # Rows travel as they lie in memory.
-            "im_k": (tuple(im_k.shape), im_k.dtype, "NHWC" if is_channels_last(im_k) else "NCHW"),
-            "K": self.K,
-            "dim": self.rows.shape[1],
-            "T": self.T,
-            "m": self.m,
-            "bn_splits": self.bn_splits,
-            "queue_sync": self.queue_sync,
-            "accumulation_steps": (self._part, self.accumulation_steps),
-            "MOCO_FAST_SHUFFLE": (distributed.scheme(), shuffles),
-            "the state of the shuffle": self.shuffle.digest(),
-            "ema_in_step": self.ema_in_step,
-            "autocast": torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-            "the encoders' parameters and buffers (names, shapes, dtypes)": self._parameter_digest,
-        }
+    def _exchange(self, images: Tensor) -> distributed.Exchange:
+        return distributed.Exchange(images, self.shuffle.plan(len(images), self.bn_splits, images.device))
 
     def _update_key_encoder(self) -> None:
         keys, queries = ([*encoder.parameters()] for encoder in (self.encoder_k, self.encoder_q))
@@ -344,26 +277,24 @@ class MoCo(Method, KeyQueue):
         if unshard is not None:  # else FSDP2 gathers on a stream that has not waited for this
             unshard()
 
-    def _keys(
-        self, im_k: Tensor, exchange: distributed.Exchange | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _keys(self, images: Tensor, exchange: distributed.Exchange | None) -> tuple[Tensor, _Keys]:
         """This rank's keys (N, dim); and those to enqueue, with the order to write them in."""
         if exchange is None:
-            k = self.encoder_k(im_k)
-            return k, distributed.all_gather_rows(k) if self.queue_sync == "global" else k, None
+            k = self.encoder_k(images)
+            return k, (distributed.all_gather_rows(k) if self.queue_sync == "global" else k, None)
         shuffled = self.encoder_k(exchange.images())
         if self.queue_sync == "global":
             k, gathered = exchange.keys_of_all(shuffled)
-            return k, gathered, exchange.plan.home
+            return k, (gathered, exchange.plan.home)
         k = exchange.keys_back(shuffled)
-        return k, k, None
+        return k, (k, None)
 
-    def _enqueue_part(self, keys: Tensor, order: Tensor | None) -> None:
+    def _end_part(self, keys: list[_Keys]) -> None:
         """Enqueue the keys of a step; those of its earlier parts wait for the last."""
-        if self.accumulation_steps == 1:
-            self.enqueue_(keys, order)
-            return
-        self._waiting.append(keys if order is None else ops.take_rows(keys, order))
-        self._part += 1
-        if self._part == self.accumulation_steps:
+        self._waiting.append(keys)
+        if len(self._waiting) == self.accumulation_steps:
             self.end_step()
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

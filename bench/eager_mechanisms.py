@@ -1,0 +1,99 @@
+"""The methods that MoCo is measured against, as their papers write them: plain PyTorch, explicit logits.
+
+What the models of moco_fast have to equal. They have the names of those models' parameters and buffers, so
+that a state dict goes from one to the other; any floating dtype; one process.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.eager_moco import EagerMoCo
+
+
+def with_mlp(encoder: nn.Module) -> nn.Module:
+    """The projection MLP of SimCLR and MoCo v2 in the place of ``fc``."""
+    width = encoder.fc.in_features
+    encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
+    return encoder
+
+
+class EagerSimCLR(nn.Module):
+    """Chen et al. 2020, algorithm 1."""
+
+    def __init__(self, base_encoder, dim, T):
+        super().__init__()
+        self.T = T
+        self.encoder = with_mlp(base_encoder(num_classes=dim))
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        z = F.normalize(self.encoder(torch.cat([x1, x2])), dim=1)
+        n = len(x1)
+        similarity = (z @ z.t() / self.T).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
+        other = torch.cat([torch.arange(n, 2 * n), torch.arange(n)])
+        return F.cross_entropy(similarity, other)
+
+
+class EagerSimSiam(nn.Module):
+    """Chen and He 2021, section 3."""
+
+    def __init__(self, base_encoder, dim, pred_dim, stop_gradient=True):
+        super().__init__()
+        self.stop_gradient = stop_gradient
+        self.encoder = base_encoder(num_classes=dim)
+        width = self.encoder.fc.in_features
+        self.encoder.fc = nn.Sequential(
+            nn.Linear(width, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(),
+            nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(),
+            nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim, affine=False),
+        )  # fmt: skip
+        self.predictor = nn.Sequential(
+            nn.Linear(dim, pred_dim, bias=False), nn.BatchNorm1d(pred_dim), nn.ReLU(),
+            nn.Linear(pred_dim, dim, bias=False),
+        )  # fmt: skip
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        z1, z2 = self.encoder(x1), self.encoder(x2)
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        if self.stop_gradient:
+            z1, z2 = z1.detach(), z2.detach()
+
+        def distance(p: Tensor, z: Tensor) -> Tensor:
+            return -(p / p.norm(dim=1, keepdim=True) * (z / z.norm(dim=1, keepdim=True))).sum(1).mean()
+
+        return distance(p1, z2) / 2 + distance(p2, z1) / 2
+
+
+class EagerEndToEnd(nn.Module):
+    """He et al. 2020, figure 2a, with one encoder for both."""
+
+    def __init__(self, base_encoder, dim, T, mlp):
+        super().__init__()
+        self.T = T
+        self.encoder = base_encoder(num_classes=dim)
+        if mlp:
+            with_mlp(self.encoder)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        q, k = F.normalize(self.encoder(x1), dim=1), F.normalize(self.encoder(x2), dim=1)
+        return F.cross_entropy(q @ k.t() / self.T, torch.arange(len(q)))
+
+
+class EagerSymmetricMoCo(EagerMoCo):
+    """Each view is a query against the keys of the other; one update of the keys' encoder, one enqueue."""
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.update_key_encoder()
+        loss, keys = 0, []
+        for a, b in ((im_q, im_k), (im_k, im_q)):
+            q = F.normalize(self.encoder_q(a), dim=1)
+            with torch.no_grad():
+                k = F.normalize(self.encoder_k(b), dim=1)
+            logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1) / self.T
+            loss = loss + F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+            keys.insert(0, k)
+        self.enqueue_(torch.cat(keys))  # those of the first view first
+        return loss
