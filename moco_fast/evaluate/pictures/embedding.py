@@ -1,0 +1,118 @@
+"""A map of features: what the model finds alike lies together.
+
+Tests: tests/test_embedding.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco_fast.evaluate.embedding import embed
+from moco_fast.evaluate.pictures.figure import BLUE, INK, new_figure, save
+from moco_fast.extras import extra
+
+# Ten colours that people with any colour vision tell apart. Source: Petroff 2021, "Accessible Color
+# Sequences for Data Visualization", table of ten.
+COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+)  # fmt: skip
+MARKERS = ("o", "^", "s")
+MOST_NAMED = len(COLOURS) * len(MARKERS)  # classes beyond which colours repeat and names would cover the points
+
+
+def plot_embedding(
+    features: Tensor,  # (N, F)
+    labels: Tensor | None,  # (N,) integers
+    class_names: Sequence[str],
+    out_png: str | os.PathLike[str],
+    seed: int,
+    heading: str = "",
+) -> None:
+    """Draw t-SNE of features: a point per image, in the colour of its class, whose name is at its median.
+
+    Args:
+        features: of every image.
+        labels: classes of the images; None draws all points alike.
+        class_names: names by label.
+        out_png: picture to write.
+        seed: of the t-SNE.
+        heading: what was embedded, by what; the number of points is added.
+
+    Raises:
+        ValueError: labels that do not match the features or the names, or as in
+            :func:`moco_fast.evaluate.embedding.embed`.
+    """
+    if labels is not None:
+        labels = labels.cpu()
+        if labels.shape != features.shape[:1]:
+            raise ValueError(f"labels must be ({len(features)},), one per row, got {tuple(labels.shape)}")
+        if int(labels.min()) < 0 or int(labels.max()) >= len(class_names):
+            raise ValueError(
+                f"labels must be in [0, {len(class_names)}), the classes named, "
+                f"got {int(labels.min())} to {int(labels.max())}"
+            )
+    places = embed(features, seed)
+    figure = new_figure(7.2, 7.0, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xticks=[], yticks=[])
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.spines[:].set_visible(False)
+    size = min(30.0, max(6.0, 16000 / len(places)))
+    if labels is None:
+        _points(axes, places, BLUE, "o", size)
+    else:
+        present = labels.unique().tolist()
+        for label in present:
+            colour, marker = _style(label)
+            _points(axes, places[labels == label], colour, marker, size)
+        if len(present) <= MOST_NAMED:
+            middles = torch.stack([places[labels == label].median(0).values for label in present])
+            _names(axes, _apart(middles, places), [class_names[label] for label in present], present)
+    text = f"t-SNE of {len(places):,} images"
+    if labels is not None and len(present) > MOST_NAMED:
+        text += f" of {len(present)} classes, too many to name"
+    figure.suptitle(f"{heading}\n{text}" if heading else text, fontsize=10, color=INK, weight="bold")
+    save(figure, Path(out_png))
+
+
+def _style(label: int) -> tuple[str, str]:
+    return COLOURS[label % len(COLOURS)], MARKERS[label // len(COLOURS) % len(MARKERS)]
+
+
+def _points(axes: Any, places: Tensor, colour: str, marker: str, size: float) -> None:
+    axes.scatter(*places.T.numpy(), s=size, c=colour, marker=marker, linewidths=0, alpha=0.75)
+
+
+def _names(axes: Any, places: Tensor, names: Sequence[str], labels: Sequence[int]) -> None:
+    """Class names, with a sample of the marker where they might be mistaken for a neighbour's."""
+    halo = extra("matplotlib.patheffects").withStroke(linewidth=3, foreground="white")
+    for (x, y), name, label in zip(places.tolist(), names, labels, strict=True):
+        colour, marker = _style(label)
+        axes.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=INK, markeredgewidth=1)
+        axes.annotate(
+            name, (x, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK,
+            weight="bold", path_effects=[halo],
+        )  # fmt: skip
+
+
+def _apart(
+    middles: Tensor,  # (C, 2)
+    places: Tensor,  # (N, 2)
+) -> Tensor:
+    """``middles``, moved up or down until no two are so close that their names would overlap."""
+    width, height = (places.amax(0) - places.amin(0)).tolist()
+    middles = middles.clone()
+    order = middles[:, 1].argsort().tolist()
+    for at, this in enumerate(order):
+        for other in order[:at]:  # those below, which have their places
+            near_x = abs(float(middles[this, 0] - middles[other, 0])) < 0.18 * width
+            gap = 0.035 * height - float(middles[this, 1] - middles[other, 1])
+            if near_x and gap > 0:
+                middles[this, 1] += gap
+    return middles
