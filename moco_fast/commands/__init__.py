@@ -9,7 +9,10 @@ from typing import Annotated, Union
 import tyro
 
 from moco_fast.commands.doctor import Doctor
+from moco_fast.commands.finetune import Finetune
+from moco_fast.commands.finetune import defaults as finetune_defaults
 from moco_fast.commands.knn import Knn
+from moco_fast.commands.map import Map
 from moco_fast.commands.presets import Presets
 from moco_fast.commands.pretrain import Pretrain, defaults
 from moco_fast.distributed import Disagreement
@@ -29,6 +32,9 @@ examples:
   torchrun --nproc-per-node 8 -m moco_fast.cli pretrain --preset moco-v2 --data imagenet/
                                                   the same on eight GPUs; docs/distributed.md
   moco-fast knn runs/NAME                         kNN accuracy of a checkpoint
+  moco-fast finetune runs/NAME --labels-fraction 0.1
+                                                  train all its weights on a tenth of the labels
+  moco-fast map runs/NAME                         draw what its features find alike
   moco-fast doctor                                what is installed, built and found
 """
 
@@ -41,6 +47,11 @@ def run(argv: Sequence[str]) -> int:
                 Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=Pretrain(defaults(argv)))],
                 Annotated[Presets, tyro.conf.subcommand("presets")],
                 Annotated[Knn, tyro.conf.subcommand("knn")],
+                Annotated[
+                    Finetune,
+                    tyro.conf.subcommand("finetune", default=Finetune(config=finetune_defaults(argv))),
+                ],
+                Annotated[Map, tyro.conf.subcommand("map")],
                 Annotated[Doctor, tyro.conf.subcommand("doctor")],
             ],  # type: ignore[arg-type]
             prog="moco-fast",
