@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,57 +11,83 @@ import tyro
 from rich.console import Console
 
 from moco_fast import checks
-from moco_fast.commands.tables import accuracy_table
-from moco_fast.data.datasets import load_dataset
-from moco_fast.evaluate.probe import KnnProbe
-from moco_fast.train import checkpoint as checkpoints
-from moco_fast.train.build import build_model
-from moco_fast.train.config import PretrainConfig
-from moco_fast.train.methods import Facts
+from moco_fast.commands.subject import load_subject
+from moco_fast.commands.tables import knn_table
+from moco_fast.distributed import rank
+from moco_fast.evaluate.features import all_features, own_features, spread
+from moco_fast.evaluate.knn import CHUNK, knn_predict
+from moco_fast.train.processes import joined
 
 
 @dataclass
 class Knn:
-    """kNN accuracy of a checkpoint's query encoder, beside raw pixels and its random initialisation."""
+    """kNN accuracy of a checkpoint's encoder, beside raw pixels and its random initialisation.
+
+    Under torchrun the images are shared out; the accuracies are those of one process. A test class without
+    images in the bank cannot be found; one image is enough.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Run folder, or the checkpoint.pth in it."""
+    """Run folder, the checkpoint.pth in it, or an official MoCo v1, v2 or v3 file."""
     data: str | None = None
     """Dataset to measure on; default: the one it was trained on."""
-    k: int = 20
-    """Neighbours that vote."""
+    k: tuple[int, ...] = (20,)
+    """Neighbours that vote; several numbers share one search."""
+    temperature: float | None = 0.1
+    """Votes weigh exp(similarity / temperature); None: one each."""
     bank: int = 60_000
     """Training images that vote, at most."""
+    arch: str | None = None
+    """Backbone, for a file that does not name it rightly."""
+    image_size: int | None = None
+    """Side of the views; default: as in training, 224 for official files."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; under torchrun every process has its own."""
+    workers: int = 2
+    """Processes that decode a directory's images, for every process."""
+    json: Path | None = None
+    """File to write the accuracies to as well."""
 
     def run(self) -> int:
         """Returns the exit status."""
-        checks.count("k", self.k)
+        for k in self.k:
+            checks.count("k", k)
         checks.count("bank", self.bank)
-        saved = checkpoints.read(self.checkpoint)
-        extras = saved["moco_fast"]
-        config = PretrainConfig.from_dict(extras["config"])
-        model = build_model(config, extras["channels"], Facts(1, 1))
-        size = config.augment.image_size
+        with joined(self.device):
+            accuracy, note = self._measure(Console(quiet=rank() > 0))
+            if rank() > 0:
+                return 0
         console = Console()
-        dataset = load_dataset(
-            self.data or config.data, canvas=round(size * config.canvas), log=console.print
-        )
-        if dataset.channels > extras["channels"]:
-            raise ValueError(
-                f"data {dataset.name!r} has {dataset.channels} channels, "
-                f"the checkpoint's encoder takes {extras['channels']}"
-            )
-        probe = KnnProbe(
-            dataset, image_size=size, mean=extras["mean"], std=extras["std"], device=torch.device("cpu"),
-            k=self.k, bank=self.bank, workers=config.workers,
-        )  # fmt: skip
-        if reason := probe.measurable():
-            raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
-        accuracy = {"raw pixels": probe.accuracy(None), "random init": probe.accuracy(model)}
-        checkpoints.load_model(model, saved)
-        accuracy["trained"] = probe.accuracy(model)
-        console.print(
-            f"{dataset.name}: {len(probe.bank):,} images vote, {len(dataset.test or ()):,} are asked"
-        )
-        console.print(accuracy_table(accuracy, self.k))
+        console.print(note)
+        for k, rows in accuracy.items():
+            console.print(knn_table(rows, k, weighted=self.temperature is not None))
+        if self.json is not None:
+            self.json.write_text(json.dumps({"knn": accuracy, "note": note}, indent=2) + "\n")
         return 0
+
+    def _measure(self, console: Console) -> tuple[dict[int, dict[str, tuple[float, float]]], str]:
+        """Accuracy at one and at five guesses by k and row of the table; and what they were measured on."""
+        subject = load_subject(
+            self.checkpoint, self.data, self.device, console.print,
+            arch=self.arch, image_size=self.image_size, workers=self.workers,
+        )  # fmt: skip
+        dataset = subject.dataset
+        train, test = dataset.train, dataset.test
+        assert test is not None and test.labels is not None and train.labels is not None
+        bank, asked = spread(len(train), self.bank), torch.arange(len(test))
+        if max(self.k) > len(bank):
+            raise ValueError(f"k must be at most the {len(bank):,} images of the bank, got {max(self.k)}")
+        absent = sorted(set(test.labels.tolist()) - set(train.labels[bank].tolist()))
+        if absent:
+            names = ", ".join(dataset.class_names[label] for label in absent[:5])
+            console.print(f"No image in the bank for {len(absent)} of the classes asked for: {names}")
+        accuracy: dict[int, dict[str, tuple[float, float]]] = {k: {} for k in self.k}
+        for name, network, view in subject.rows():
+            predicted = knn_predict(
+                own_features(network, train, bank, view, CHUNK), train.labels[bank],
+                all_features(network, test, asked, view),
+                k=self.k, temperature=self.temperature, sharded=True,
+            )  # fmt: skip
+            for k, classes in predicted.items():
+                accuracy[k][name] = classes.accuracy(test.labels), classes.accuracy(test.labels, 5)
+        return accuracy, f"{dataset.name}: {len(bank):,} images vote, {len(test):,} are asked"

@@ -3,21 +3,26 @@
     sim(a, b) = <a, b> / (|a| |b|)
     votes(c)  = sum over the k nearest neighbours of class c of w,   w = 1 or exp(sim / temperature)
 
-Queries go in blocks, so the (M, N) similarities never exist at once.
+Queries go in blocks and the bank in chunks, so the (M, N) similarities never exist at once. The bank may be
+spread over processes: each searches its rows, and what they find is merged.
 
 Tests: tests/test_knn.py, against scikit-learn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco_fast.distributed import all_gather_rows, check_agreement, from_all, rank, world_size
+
 BLOCK = 1 << 24  # similarities in memory at once: 64 MB
+CHUNK = 4000  # rows of the bank that are searched at once; whole batches of feature extraction
+TOP = 5  # classes that a prediction ranks
 
 
 class Neighbours(NamedTuple):
@@ -27,10 +32,24 @@ class Neighbours(NamedTuple):
     indices: Tensor  # (M, k) int64
 
 
+class Predictions(NamedTuple):
+    """The classes that most votes are for, first choice first."""
+
+    classes: Tensor  # (M, 5) int64; -1 beyond the classes that the neighbours have
+    votes: Tensor  # (M, 5) float32, in units of the nearest neighbour's; 0 beyond
+
+    def accuracy(self, labels: Tensor, top: int = 1) -> float:
+        """Share of rows whose label is among the first ``top`` classes, in [0, 1]."""
+        right = self.classes[:, :top] == labels.to(self.classes.device)[:, None]
+        return right.any(1).double().mean().item()
+
+
 def nearest_neighbours(
     bank: Tensor,  # (N, F)
     queries: Tensor,  # (M, F)
     k: int,
+    *,
+    sharded: bool = False,
 ) -> Neighbours:
     """The ``k`` rows of ``bank`` with the highest cosine similarity to every query.
 
@@ -38,20 +57,71 @@ def nearest_neighbours(
         bank: features to search, any floating dtype.
         queries: features to search for, on the device of ``bank``.
         k: neighbours per query, at most N.
+        sharded: ``bank`` holds this process's rows of a bank that all processes share, in rank order, and the
+            queries are the same on all of them. So are the results, and exactly those of one process,
+            if shards end at multiples of ``CHUNK``.
 
     Raises:
         ValueError: empty or non-finite features, sizes that do not match, or ``k`` out of range.
     """
-    _check_features("bank", bank)
-    _check_features("queries", queries)
-    if bank.shape[1] != queries.shape[1]:
-        raise ValueError(f"bank has {bank.shape[1]} features per row, queries have {queries.shape[1]}")
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k must be between 1 and the size of the bank, {len(bank)}, got {k}")
-    columns = F.normalize(bank.float(), dim=1).t()
-    blocks = queries.split(max(1, BLOCK // len(bank)))
-    found = [(F.normalize(block.float(), dim=1) @ columns).topk(k, dim=1) for block in blocks]
-    return Neighbours(torch.cat([f.values for f in found]), torch.cat([f.indices for f in found]))
+    sizes = from_all(len(bank)) if sharded else [len(bank)]
+    own = rank() if sharded else 0
+    _check(lambda: _check_search(bank, queries, k, sum(sizes)), sharded)
+    bank = F.normalize(bank.float(), dim=1)
+    found = []
+    for block in queries.split(max(1, BLOCK // CHUNK)):
+        block = F.normalize(block.float(), dim=1)
+        near = Neighbours(block.new_empty(len(block), 0), block.new_empty(len(block), 0, dtype=torch.int64))
+        for first in range(0, len(bank), CHUNK):
+            chunk = block @ bank[first : first + CHUNK].t()
+            best = chunk.topk(min(k, chunk.shape[1]), dim=1)
+            near = _merged(near, Neighbours(best.values, best.indices + first + sum(sizes[:own])), k=k)
+        found.append(_merged(*_of_all_ranks(near, k), k=k) if sharded and len(sizes) > 1 else near)
+    return Neighbours(torch.cat([f.similarities for f in found]), torch.cat([f.indices for f in found]))
+
+
+def knn_predict(
+    train_features: Tensor,  # (N, F)
+    train_labels: Tensor,  # (N,) integers
+    test_features: Tensor,  # (M, F)
+    *,
+    k: Sequence[int] = (20,),
+    temperature: float | None = 0.1,
+    sharded: bool = False,
+) -> dict[int, Predictions]:
+    """Classes of the test rows by their nearest neighbours' votes, for every ``k``, from one search.
+
+    Of classes with equal votes the one with the nearest neighbour comes first.
+
+    Args:
+        train_features: the bank that votes.
+        train_labels: labels of the bank.
+        test_features: rows to classify.
+        k: neighbours that vote, one or several numbers.
+        temperature: weights votes by ``exp(sim / temperature)``; None gives every neighbour one vote.
+        sharded: as in :func:`nearest_neighbours`; ``train_labels`` are those of the whole bank.
+
+    Raises:
+        ValueError: as in :func:`nearest_neighbours`, or labels that do not match the features, no ``k``,
+            or a temperature that is not positive.
+    """
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"temperature must be positive or None, got {temperature}")
+    if not k:
+        raise ValueError("k must hold at least one number of neighbours")
+    if min(k) < 1:
+        raise ValueError(f"k must be between 1 and the size of the bank, {len(train_labels)}, got {min(k)}")
+    if sharded and world_size() > 1:
+        total = sum(from_all(len(train_features)))
+        if train_labels.shape != (total,):
+            raise ValueError(
+                f"train_labels must be ({total},), those of all shards, got {tuple(train_labels.shape)}"
+            )
+    else:
+        _check_labels("train", train_features, train_labels)
+    near = nearest_neighbours(train_features, test_features, max(k), sharded=sharded)
+    labels = train_labels.to(near.indices.device)[near.indices]
+    return {neighbours: _vote(near.similarities, labels, neighbours, temperature) for neighbours in k}
 
 
 def knn_accuracy(
@@ -65,31 +135,11 @@ def knn_accuracy(
 ) -> float:
     """Share of test rows whose nearest neighbours vote for the right label, in [0, 1].
 
-    Args:
-        train_features: the bank that votes.
-        train_labels: labels of the bank.
-        test_features: rows to classify.
-        test_labels: their labels.
-        k: neighbours that vote.
-        temperature: weights votes by ``exp(sim / temperature)``; None gives every neighbour one vote.
-            Of classes with equal votes the one with the nearest neighbour wins.
-
-    Raises:
-        ValueError: as in :func:`nearest_neighbours`, or labels that do not match the features, or a
-            temperature that is not positive.
+    Args and errors as for :func:`knn_predict`; ``test_labels`` are the right answers.
     """
-    _check_labels("train", train_features, train_labels)
     _check_labels("test", test_features, test_labels)
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature must be positive or None, got {temperature}")
-    near = nearest_neighbours(train_features, test_features, k)
-    device = near.indices.device
-    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
-    rows = max(1, BLOCK // (k * k))
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    for similarity, index, label in zip(*(t.split(rows) for t in (*near, test_labels)), strict=True):
-        right += (_vote(similarity, train_labels[index], temperature) == label).sum()
-    return right.item() / len(test_labels)
+    predicted = knn_predict(train_features, train_labels, test_features, k=(k,), temperature=temperature)
+    return predicted[k].accuracy(test_labels)
 
 
 def extract_features(
@@ -127,25 +177,79 @@ def extract_features(
     return torch.cat(features), torch.cat(indices)
 
 
+def _merged(*lists: Neighbours, k: int) -> Neighbours:
+    """The ``k`` nearest of several lists, each nearest first; of equals those of the earlier list.
+
+    Lists of consecutive chunks give the same result in whatever groups they are merged: processes agree
+    with one process.
+    """
+    similarities = torch.cat([near.similarities for near in lists], 1)
+    indices = torch.cat([near.indices for near in lists], 1)
+    order = similarities.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return Neighbours(similarities.gather(1, order), indices.gather(1, order))
+
+
+def _of_all_ranks(near: Neighbours, k: int) -> list[Neighbours]:
+    """Every rank's neighbours (M, k), in rank order; a shard of fewer than k rows is filled up with -inf."""
+    short = k - near.indices.shape[1]
+    similarities = all_gather_rows(F.pad(near.similarities, (0, short), value=-torch.inf))
+    indices = all_gather_rows(F.pad(near.indices, (0, short)))
+    rows = len(near.indices)
+    return [Neighbours(*pair) for pair in zip(similarities.split(rows), indices.split(rows), strict=True)]
+
+
 def _vote(
-    similarity: Tensor,  # (M, k), nearest first
-    labels: Tensor,  # (M, k)
+    similarity: Tensor,  # (M, K), nearest first
+    labels: Tensor,  # (M, K)
+    k: int,
     temperature: float | None,
-) -> Tensor:  # (M,)
-    """Label with the most votes.
+) -> Predictions:
+    """Classes with the most votes of the first ``k`` neighbours.
 
     Every neighbour counts the votes of its own class: k * k comparisons instead of a scatter over
-    classes, whose order of additions changes between runs on a GPU.
+    classes, whose order of additions changes between runs on a GPU. The first neighbour of a class
+    stands for it.
     """
-    if temperature is None:
-        weights = torch.ones_like(similarity)
-    else:  # relative to the nearest neighbour: exp(1 / temperature) overflows below 0.0113
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-    same = labels[:, :, None] == labels[:, None, :]
-    votes = (same * weights[:, None, :]).sum(2)
-    position = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    winner = position.where(votes == votes.amax(1, keepdim=True), labels.shape[1]).amin(1)
-    return labels.gather(1, winner[:, None])[:, 0]
+    similarity, labels = similarity[:, :k], labels[:, :k]
+    rows = max(1, BLOCK // (k * k))
+    classes = labels.new_full((len(labels), TOP), -1)
+    counted = similarity.new_zeros(len(labels), TOP)
+    earlier = torch.ones(k, k, dtype=torch.bool, device=labels.device).tril(-1)
+    for first in range(0, len(labels), rows):
+        part, label = similarity[first : first + rows], labels[first : first + rows]
+        weights = torch.ones_like(part)
+        if temperature is not None:  # relative to the nearest: exp(1 / temperature) overflows below 0.0113
+            weights = ((part - part[:, :1]) / temperature).exp()
+        same = label[:, :, None] == label[:, None, :]
+        votes = (same * weights[:, None, :]).sum(2)
+        votes.masked_fill_((same & earlier).any(2), -1)  # the class is counted already
+        ranked = votes.sort(dim=1, descending=True, stable=True)
+        best, position = ranked.values[:, :TOP], ranked.indices[:, :TOP]
+        classes[first : first + rows, : best.shape[1]] = label.gather(1, position).where(best >= 0, -1)
+        counted[first : first + rows, : best.shape[1]] = best.clamp(min=0)
+    return Predictions(classes, counted)
+
+
+def _check(check: Callable[[], None], everywhere: bool) -> None:
+    """Run a check; where all processes take part, what one of them finds is raised by all."""
+    if not everywhere:
+        return check()
+    problem = None
+    try:
+        check()
+    except ValueError as error:
+        problem = error
+    check_agreement({}, problem)
+
+
+def _check_search(bank: Tensor, queries: Tensor, k: int, size: int) -> None:
+    if size == 0 or len(bank):
+        _check_features("bank", bank)
+    _check_features("queries", queries)
+    if bank.shape[1] != queries.shape[1]:
+        raise ValueError(f"bank has {bank.shape[1]} features per row, queries have {queries.shape[1]}")
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be between 1 and the size of the bank, {size}, got {k}")
 
 
 def _check_features(name: str, features: Tensor) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moco_fast.data.augment import center_view
 from moco_fast.data.images import Dataset, ImageSet
-from moco_fast.data.loader import BatchLoader
-from moco_fast.evaluate.knn import extract_features, knn_accuracy, nearest_neighbours
+from moco_fast.evaluate.features import View, features_of, labels_missing, spread
+from moco_fast.evaluate.knn import knn_accuracy, nearest_neighbours
 from moco_fast.evaluate.pictures import plot_neighbours
 from moco_fast.models.method import Method
 
-EVALUATION_BATCH = 500
 GALLERY_QUERIES = 10
 GALLERY_NEIGHBOURS = 8
 
@@ -47,15 +45,13 @@ class KnnProbe:
         workers: int,
     ) -> None:
         self.dataset, self.k = dataset, k
-        self._view = (image_size, mean, std)
-        self._device, self._workers = device, workers
-        self.bank = _spread(len(dataset.train), bank)
+        self._view = View(image_size, mean, std, device, workers)
+        self.bank = spread(len(dataset.train), bank)
 
     def measurable(self) -> str | None:
         """Why there is no accuracy to measure on this dataset, or None if there is."""
-        test = self.dataset.test
-        if test is None or test.labels is None or self.dataset.train.labels is None:
-            return "the images have no class labels (one sub-folder per class gives them)"
+        if reason := labels_missing(self.dataset):
+            return reason
         if len(self.bank) < self.k:
             return f"{len(self.bank)} training images are fewer than knn_k={self.k}"
         return None
@@ -71,7 +67,7 @@ class KnnProbe:
             raise ValueError(f"kNN accuracy cannot be measured: {reason}")
         train, test = self.dataset.train, self.dataset.test
         assert test is not None and test.labels is not None and train.labels is not None
-        rows = _spread(len(test), queries or len(test))
+        rows = spread(len(test), queries or len(test))
         return knn_accuracy(
             self._features(model, train, self.bank),
             train.labels[self.bank],
@@ -107,26 +103,8 @@ class KnnProbe:
     def _features(self, model: Method | None, images: ImageSet, rows: Tensor) -> Tensor:
         """Features of the images at ``rows``, in that order, on the CPU."""
         if model is None:
-            return torch.cat([view.flatten(1).cpu() for view, _ in self._views(images, rows, raw=True)])
-        features, _ = extract_features(model, self._views(images, rows), model.features)
-        return features.cpu()
-
-    def _views(self, images: ImageSet, rows: Tensor, raw: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        size, mean, std = self._view
-        if raw:  # pixels from 0 to 1: cosine similarity depends on where zero is
-            mean, std = [0.0] * len(mean), [1.0] * len(std)
-        loader = BatchLoader(images, min(EVALUATION_BATCH, len(images)), seed=0, workers=self._workers)
-        for batch in loader.in_order(rows):
-            aspect = None if batch.aspect is None else batch.aspect.to(self._device)
-            pixels = batch.images.to(self._device).expand(-1, len(mean), -1, -1)
-            yield center_view(pixels, size, mean, std, aspect), batch.indices
-
-
-def _spread(count: int, most: int) -> Tensor:
-    """All rows, or ``most`` of them drawn once and for all: files are often sorted by class."""
-    if most >= count:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+            return features_of(nn.Flatten(), images, rows, self._view.raw()).cpu()
+        return features_of(model, images, rows, self._view, call=model.features).cpu()
 
 
 def _one_per_class(images: ImageSet, most: int) -> Tensor:

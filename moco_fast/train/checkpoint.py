@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moco_fast import checks
 
@@ -52,22 +53,23 @@ def write_atomic(path: Path, checkpoint: dict[str, Any]) -> None:
         os.close(directory)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load a checkpoint of this library.
+def read(path: str | os.PathLike[str], keys: Sequence[str] = (*OFFICIAL_KEYS, "moco_fast")) -> dict[str, Any]:
+    """Load a checkpoint, by default one of this library.
 
     Args:
         path: the file, or the run folder that holds it.
+        keys: what it must hold.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: truncated, foreign, or without what this library adds.
+        CheckpointError: truncated, foreign, or without one of the keys.
     """
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    expected = f"expected a file of torch.save with the keys {', '.join(OFFICIAL_KEYS)} and moco_fast"
+    expected = f"expected a file of torch.save with the keys {', '.join(keys)}"
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -81,14 +83,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; {expected}")
-    if missing := [key for key in (*OFFICIAL_KEYS, "moco_fast") if key not in loaded]:
+    if missing := [key for key in keys if key not in loaded]:
         raise CheckpointError(
             f"{path} lacks {', '.join(missing)}; {expected}, it has {', '.join(map(str, loaded))[:200]}"
         )
     return loaded
 
 
-def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def model_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with DDP's prefix."""
     return {PREFIX + name: value for name, value in model.state_dict().items()}
 
@@ -100,7 +102,16 @@ def load_model(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         CheckpointError: names or shapes differ; lists them, before anything is changed.
     """
     state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
-    wanted = model.state_dict()
+    if problems := mismatches(state, model.state_dict()):
+        raise CheckpointError(f"the checkpoint is of another model: {problems}")
+    model.load_state_dict(state)
+
+
+def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """What keeps ``state`` from being loaded in place of ``wanted``: the first names and shapes that differ.
+
+    Empty if nothing does.
+    """
     problems = [f"missing {name}" for name in wanted if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in wanted]
     problems += [
@@ -108,10 +119,7 @@ def load_model(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         for name, value in wanted.items()
         if name in state and state[name].shape != value.shape
     ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(f"the checkpoint is of another model: {shown}")
-    model.load_state_dict(state)
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def check_finite(model: nn.Module) -> None:

@@ -1,0 +1,78 @@
+"""What evaluating commands start from: a checkpoint, a dataset that suits it, and what to compare it with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moco_fast.data.datasets import load_dataset
+from moco_fast.data.images import Dataset
+from moco_fast.evaluate.features import View, labels_missing
+from moco_fast.train.build import choose_device
+from moco_fast.train.pretrained import Pretrained, load_pretrained
+from moco_fast.train.processes import first_on_machine
+
+TRAINED, RANDOM, PIXELS = "trained", "random init", "raw pixels"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pretrained backbone on the device, and labelled images that it can be shown.
+
+    Attributes:
+        pretrained: the backbone and its facts.
+        dataset: with labels on both halves.
+        view: how the backbone is shown images.
+    """
+
+    pretrained: Pretrained
+    dataset: Dataset
+    view: View
+
+    def rows(self, baselines: bool = True) -> list[tuple[str, nn.Module, View]]:
+        """What to measure, by name: raw pixels, the backbone as it was initialised, and as it was trained."""
+        own = (TRAINED, self.pretrained.backbone, self.view)
+        if not baselines:
+            return [own]
+        fresh = self.pretrained.fresh().to(self.view.device)
+        return [(PIXELS, nn.Flatten(), self.view.raw()), (RANDOM, fresh, self.view), own]
+
+
+def load_subject(
+    checkpoint: str | os.PathLike[str],
+    data: str | None,
+    device: str,
+    log: Callable[[str], object],
+    *,
+    arch: str | None = None,
+    image_size: int | None = None,
+    workers: int = 2,
+) -> Subject:
+    """Load a checkpoint and a dataset to evaluate it on; by default the one it was trained on.
+
+    Raises:
+        FileNotFoundError: no such checkpoint or dataset.
+        ValueError: no usable device, a checkpoint that cannot be used, or images that do not suit it or have
+            no labels.
+    """
+    place = choose_device(device)
+    pretrained = load_pretrained(checkpoint, arch=arch, image_size=image_size)
+    name = data or pretrained.data
+    if name is None:
+        raise ValueError(f"data must be given: {checkpoint} does not say what it was trained on")
+    canvas = round(pretrained.image_size * pretrained.canvas)
+    dataset = first_on_machine(lambda: load_dataset(name, canvas=canvas, log=log))
+    if dataset.channels > pretrained.channels:
+        raise ValueError(
+            f"data {dataset.name!r} has {dataset.channels} channels, "
+            f"the checkpoint's encoder takes {pretrained.channels}"
+        )
+    if reason := labels_missing(dataset):
+        raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
+    pretrained.backbone.to(place)
+    size, mean, std = pretrained.image_size, pretrained.mean, pretrained.std
+    return Subject(pretrained, dataset, View(size, mean, std, torch.device(place), workers))
