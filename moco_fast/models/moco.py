@@ -46,6 +46,8 @@ class MoCo(Method, KeyQueue):
         symmetric: both views are queries in turn, against the other view's keys and one queue. The loss is the
             *sum* of both directions, as in the official CIFAR notebook, and the keys of both views are
             enqueued, 2N a step. Fused loss only, whose statistics are those of 2N queries.
+        shuffle_bn: shuffle the batch of the keys where batch norm sees parts of it. Without, a key shares its
+            statistics with its query alone, which gives the positive away (He et al. 2020, section 3.3).
 
     Attributes:
         accumulation_steps: forward passes per optimizer step, 1 unless set. The key encoder is updated before
@@ -78,6 +80,7 @@ class MoCo(Method, KeyQueue):
         bn_splits: int = 1,
         queue_sync: str = "global",
         symmetric: bool = False,
+        shuffle_bn: bool = True,
     ) -> None:
         checks.count("K", K)
         checks.momentum(m)
@@ -95,6 +98,7 @@ class MoCo(Method, KeyQueue):
 
         self.K, self.m, self.T = K, m, T
         self.bn_splits, self.queue_sync, self.symmetric = bn_splits, queue_sync, symmetric
+        self.shuffle_bn = shuffle_bn
         self._waiting: list[list[_Keys]] = []  # what the parts of a step have to enqueue, by direction
         self._accumulation_steps = 1
         self.head = head
@@ -241,7 +245,8 @@ class MoCo(Method, KeyQueue):
         A symmetric model's are (2N, dim): im_q against im_k, then im_k against im_q.
         """
         # Among other neighbours than their queries, unless one device sees all of them.
-        shuffles = distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
+        parts = distributed.world_size() * self.bn_splits
+        shuffles = self.shuffle_bn and parts > 1 and sees_neighbours(self.encoder_k)
         steps.agree(
             self,
             lambda: moco_checks.step(self, im_q, im_k, return_loss, return_stats, shuffles),
