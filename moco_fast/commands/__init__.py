@@ -10,12 +10,14 @@ import tyro
 
 from moco_fast.commands.doctor import Doctor
 from moco_fast.commands.knn import Knn
+from moco_fast.commands.linear import Linear
 from moco_fast.commands.pretrain import Pretrain, defaults
 from moco_fast.distributed import Disagreement
+from moco_fast.evaluate.frozen import BackboneMovedError
 from moco_fast.train.loop import NonFiniteLossError
 from moco_fast.train.processes import PeerFailedError
 
-RUN_ERRORS = (NonFiniteLossError, Disagreement, PeerFailedError)
+RUN_ERRORS = (NonFiniteLossError, Disagreement, PeerFailedError, BackboneMovedError)
 
 DESCRIPTION = """MoCo self-supervised pretraining.
 
@@ -26,7 +28,12 @@ examples:
   moco-fast pretrain --resume runs/NAME           go on where a run stopped
   torchrun --nproc-per-node 8 -m moco_fast.cli pretrain --preset moco-v2 --data imagenet/
                                                   the same on eight GPUs; docs/distributed.md
-  moco-fast knn runs/NAME                         kNN accuracy of a checkpoint
+  moco-fast knn runs/NAME --k 20 200              kNN accuracy of a checkpoint
+  moco-fast knn moco_v2_800ep_pretrain.pth.tar --data imagenet/ --k 200
+                                                  of an official one; torchrun shares out the images
+  moco-fast linear runs/NAME                      accuracy of linear classifiers on frozen features
+  moco-fast linear moco_v2_800ep_pretrain.pth.tar --data imagenet/ --augment True --lr 30
+                                                  by MoCo's protocol to the letter
   moco-fast doctor                                what is installed, built and found
 """
 
@@ -38,6 +45,7 @@ def run(argv: Sequence[str]) -> int:
             Union[  # noqa: UP007 - with | the annotations would be lost
                 Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=Pretrain(defaults(argv)))],
                 Annotated[Knn, tyro.conf.subcommand("knn")],
+                Annotated[Linear, tyro.conf.subcommand("linear")],
                 Annotated[Doctor, tyro.conf.subcommand("doctor")],
             ],  # type: ignore[arg-type]
             prog="moco-fast",
