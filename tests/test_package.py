@@ -20,11 +20,12 @@ LAYERS = [
     ("native", "kernels"),
     ("checks",),
     ("backends",),
-    ("ops", "doctor"),
+    ("ops", "doctor", "files"),
     ("queue", "norm", "distributed", "optim"),
     ("models", "data"),
     ("evaluate",),
     ("train",),
+    ("study",),
     ("commands",),
     ("cli",),
 ]

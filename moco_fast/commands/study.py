@@ -28,7 +28,7 @@ class Study:
     """Answer a question by a sweep of runs, with a table and a figure; goes on where it was stopped.
 
     methods compares all methods, dictionary the number of negatives (figure 3 of the MoCo paper), momentum
-    that of the key encoder, temperature T, shuffle shuffled with plain batch norm, batch-size that of MoCo v3.
+    that of the key encoder, temperature T, shuffle shuffled with plain batch norm, batch-size MoCo v3's.
     """
 
     name: tyro.conf.Positional[StudyName]

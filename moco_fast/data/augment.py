@@ -179,6 +179,27 @@ def center_view(
     return _normalize_(resample(images.float() / 255, box, keep, size), mean, std)
 
 
+def crop_view(
+    images: Tensor,  # (N, C, H, W) uint8, C is 1 or 3
+    size: int,
+    mean: Sequence[float],  # per channel
+    std: Sequence[float],  # per channel
+    generator: torch.Generator,  # on the device of images
+    scale: tuple[float, float],  # area of the crop, as a fraction of the image
+    aspect: Tensor | None = None,  # (N,) width / height of the originals
+) -> Tensor:
+    """The view that classifiers are trained on: a random resized crop, half of them flipped.
+
+    Returns (N, C, size, size); args as for :class:`TwoCrops`.
+    """
+    _check_size("size", size)
+    mean, std = _statistics(mean, std)
+    _check_images(images, mean)
+    u = torch.rand(len(images), CROP_DRAWS + 1, generator=generator, device=images.device)
+    boxes = draw_boxes(u[:, :CROP_DRAWS], _aspect(images, aspect), scale, (3 / 4, 4 / 3))
+    return _normalize_(resample(images.float() / 255, boxes, u[:, CROP_DRAWS] < 0.5, size), mean, std)
+
+
 def _normalize_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     # Python scalars: a tensor of statistics would be copied to the device on every call.
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):

@@ -35,19 +35,13 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
         head.insert(0, "series")
     lines = ["| " + " | ".join(head) + " |", "|:--" * (2 if study.axis else 1) + "|--:" * 4 + "|:--|"]
     for name in ("raw pixels", "random init"):
-        knn, linear = (baselines(rows, measure)[name] for measure in ("knn", "linear"))
-        lines.append(
-            "| " + " | ".join([name, *([""] if study.axis else []), str(knn), str(linear), "", "", ""]) + " |"
-        )
+        levels = [str(baselines(rows, measure)[name]) for measure in ("knn", "linear")]
+        lines.append("| " + " | ".join([name, *([""] if study.axis else []), *levels, "", "", ""]) + " |")
     for line in summarise(rows):
-        cells = [
-            line.series,
-            *([f"{line.x:g}"] if line.x is not None else []),
-            str(line.knn),
-            str(line.linear),
-        ]
+        cells = [line.series, *([f"{line.x:g}"] if line.x is not None else [])]
         loss = "-" if math.isnan(line.loss.mean) else f"{line.loss.mean:.2f}"
-        lines.append("| " + " | ".join([*cells, f"{line.over_random}", loss, line.verdict]) + " |")
+        cells += [str(line.knn), str(line.linear), str(line.over_random), loss, line.verdict]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -122,15 +122,13 @@ def _verdict(rows: Sequence[Row], over: Spread) -> str:
     """Whether it learned: better than the untrained network by more than the spread over seeds."""
     if notes := sorted({row.note for row in rows if row.note}):
         return f"no: {'; '.join(notes)}"
-    collapsed = sum(row.collapsed for row in rows)
-    if collapsed:
-        return f"no: {collapsed} of {len(rows)} collapsed (spread {rows[-1].spread:.2f}, rank {rows[-1].rank:.1f})"
+    if collapsed := sum(row.collapsed for row in rows):
+        last = rows[-1]
+        return f"no: {collapsed} of {len(rows)} collapsed (spread {last.spread:.2f}, rank {last.rank:.1f})"
     margin = 0.0 if math.isnan(over.deviation) else over.deviation
     if over.mean > margin:
         return "yes"
-    return (
-        "no: no better than untrained by more than the spread" if margin else "no: no better than untrained"
-    )
+    return "no: not better than untrained" + (" by more than the spread" if margin else "")
 
 
 def _spread(values: Sequence[float]) -> Spread:

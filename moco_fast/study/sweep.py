@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moco_fast.distributed import rank
+from moco_fast.evaluate.linear import LinearConfig, evaluate_linear
 from moco_fast.files import write_text
 from moco_fast.study.plans import Point
 from moco_fast.study.results import Row, read_rows, write_rows
@@ -19,8 +20,11 @@ from moco_fast.train.config import PretrainConfig
 from moco_fast.train.loop import NonFiniteLossError, pretrain
 from moco_fast.train.processes import joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE
+from moco_fast.train.subject import PIXELS, RANDOM, TRAINED, load_subject
 
 SETTINGS_FILE = "point.json"
+# Standardised features, so that a few learning rates and epochs suit every method.
+PROBE = LinearConfig(epochs=20, lr=(0.1, 1.0, 10.0), normalize=True)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,18 @@ class Sweep:
     rows: list[Row]
     interrupted: int
     """Number of the signal that ended it, or 0."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    point: Point
+    seed: int
+    config: PretrainConfig
+    folder: Path
+
+    @property
+    def key(self) -> tuple[str, float | None, int]:
+        return self.point.series, self.point.x, self.seed
 
 
 def run_sweep(points: Sequence[Point], seeds: Sequence[int], out: Path, console: Any) -> Sweep:
@@ -44,79 +60,89 @@ def run_sweep(points: Sequence[Point], seeds: Sequence[int], out: Path, console:
     Raises:
         ValueError: a run in ``out`` was made with other settings.
     """
-    runs = [(point, seed, replace(point.config, seed=seed)) for seed in seeds for point in points]
-    with joined(runs[0][2].device):
+    runs = [
+        _Run(point, seed, replace(point.config, seed=seed), out / _name(point, seed))
+        for seed in seeds
+        for point in points
+    ]
+    with joined(points[0].config.device):
+        on_rank_0(lambda: _claim(runs))
         rows = on_rank_0(lambda: read_rows(out))
         done = {(row.series, row.x, row.seed) for row in rows}
-        todo = [run for run in runs if (run[0].series, run[0].x, run[1]) not in done]
-        for point, seed, config in runs:
-            on_rank_0(lambda folder=_folder(out, point, seed), config=config: _claim(folder, config))
+        todo = [run for run in runs if run.key not in done]
         began = time.monotonic()
-        for number, (point, seed, config) in enumerate(todo):
-            where = "" if point.x is None else f", {point.x:g}"
-            spent = time.monotonic() - began
-            left = f", about {spent / number * (len(todo) - number) / 60:.0f} min left" if number else ""
+        for number, run in enumerate(todo):
             if rank() == 0:
+                left = (time.monotonic() - began) / max(1, number) * (len(todo) - number) / 60
                 console.rule(
-                    f"run {len(runs) - len(todo) + number + 1}/{len(runs)}: {point.series}{where}, seed {seed}{left}"
+                    f"run {len(runs) - len(todo) + number + 1} of {len(runs)}: {run.folder.name}"
+                    + (f", about {left:.0f} min left" if number else "")
                 )
-            folder = _folder(out, point, seed)
-            row, interrupted = _run(point, seed, config, folder, console)
-            if interrupted:
+            row, interrupted = _result(run, rows, console)
+            if row is None:
                 return Sweep(rows, interrupted)
-            assert row is not None
             rows.append(row)
             on_rank_0(lambda: write_rows(out, rows))
-    order = {(point.series, point.x): i for i, point in enumerate(points)}
-    chosen = [row for row in rows if (row.series, row.x) in order and row.seed in seeds]
-    return Sweep(sorted(chosen, key=lambda row: (order[row.series, row.x], row.seed)), 0)
+    order = {run.key: i for i, run in enumerate(runs)}
+    chosen = [row for row in rows if (row.series, row.x, row.seed) in order]
+    return Sweep(sorted(chosen, key=lambda row: order[row.series, row.x, row.seed]), 0)
 
 
-def _run(
-    point: Point, seed: int, config: PretrainConfig, folder: Path, console: Any
-) -> tuple[Row | None, int]:
-    """One run; its row, or the signal that ended it."""
+def _result(run: _Run, rows: Sequence[Row], console: Any) -> tuple[Row | None, int]:
+    """Do a run; its row, or None and the signal that ended it."""
     began = time.monotonic()
-    note, outcome = "", None
+    knn: dict[str, float] = {}
+    linear: dict[str, float] = {}
+    note, collapsed = "", False
     try:
-        outcome = pretrain(config, folder, resume="auto", console=console)
+        outcome = pretrain(run.config, run.folder, resume="auto", console=console)
+        if outcome.interrupted:
+            return None, int(outcome.interrupted)
+        knn, collapsed = outcome.accuracy, outcome.collapsed
+        linear = on_rank_0(lambda: _linear(run, rows, console))
     except NonFiniteLossError as error:  # a result, not a fault of the study
-        note = f"diverged ({str(error).partition('.')[0]})"
-    if outcome is not None and outcome.interrupted:
-        return None, int(outcome.interrupted)
-    linear = on_rank_0(lambda: _linear(folder, config)) if outcome is not None else {}
-    last = _last_records(folder)
-    knn = outcome.accuracy if outcome is not None else {}
+        note = f"diverged: {str(error).partition('.')[0]}"
+    last = _last_records(run.folder)
     row = Row(
-        series=point.series, x=point.x, seed=seed,
-        knn=knn.get("trained", math.nan), knn_random_init=knn.get("random init", math.nan),
-        knn_raw_pixels=knn.get("raw pixels", math.nan),
-        linear=linear.get("trained", math.nan), linear_random_init=linear.get("random init", math.nan),
-        linear_raw_pixels=linear.get("raw pixels", math.nan),
-        loss=last["loss"], spread=last["spread"], rank=last["rank"],
-        collapsed=outcome is not None and outcome.collapsed, note=note,
-        seconds=round(time.monotonic() - began, 1), folder=folder.name,
+        series=run.point.series, x=run.point.x, seed=run.seed,
+        knn=knn.get(TRAINED, math.nan), knn_random_init=knn.get(RANDOM, math.nan),
+        knn_raw_pixels=knn.get(PIXELS, math.nan),
+        linear=linear.get(TRAINED, math.nan), linear_random_init=linear.get(RANDOM, math.nan),
+        linear_raw_pixels=linear.get(PIXELS, math.nan),
+        loss=last["loss"], spread=last["spread"], rank=last["rank"], collapsed=collapsed, note=note,
+        seconds=round(time.monotonic() - began, 1), folder=run.folder.name,
     )  # fmt: skip
     return row, 0
 
 
-def _claim(folder: Path, config: PretrainConfig) -> None:
-    """Note down the settings of a run before it begins, or compare with those noted."""
-    path = folder / SETTINGS_FILE
-    wanted = json.loads(json.dumps(config.to_dict()))
-    if not path.exists():
-        write_text(path, json.dumps(wanted, indent=2) + "\n")
-        return
-    found = json.loads(path.read_text())
-    if found != wanted:
+def _linear(run: _Run, rows: Sequence[Row], console: Any) -> dict[str, float]:
+    """Linear accuracy of the run, and of what it is compared with unless a run of that seed has told."""
+    subject = load_subject(run.folder, None, run.config.device, console.print, workers=run.config.workers)
+    known = [row for row in rows if row.seed == run.seed and not math.isnan(row.linear_random_init)]
+    found = {}
+    if known:
+        found = {RANDOM: known[0].linear_random_init, PIXELS: known[0].linear_raw_pixels}
+    for name, network, view in subject.rows(baselines=not known):
+        found[name] = evaluate_linear(network, subject.dataset, view, PROBE).best.acc1
+    return found
+
+
+def _claim(runs: Sequence[_Run]) -> None:
+    """Note down the settings of all runs before the first begins, or compare with those noted."""
+    for run in runs:
+        path = run.folder / SETTINGS_FILE
+        wanted = json.loads(json.dumps(run.config.to_dict()))
+        if not path.exists():
+            write_text(path, json.dumps(wanted, indent=2) + "\n")
+            continue
+        found = json.loads(path.read_text())
         changed = [
-            f"{name} {found.get(name)!r} then, {wanted.get(name)!r} now"
-            for name in wanted.keys() | found.keys()
+            f"{name} was {found.get(name)!r} and is {wanted.get(name)!r}"
+            for name in sorted(wanted.keys() | found.keys())
             if found.get(name) != wanted.get(name)
         ]
-        raise ValueError(
-            f"{folder} was run with other settings ({'; '.join(sorted(changed))}): choose another --out"
-        )
+        if changed:
+            raise ValueError(f"{run.folder} has other settings, {'; '.join(changed)}: choose another --out")
 
 
 def _last_records(folder: Path) -> dict[str, float]:
@@ -130,6 +156,6 @@ def _last_records(folder: Path) -> dict[str, float]:
     }
 
 
-def _folder(out: Path, point: Point, seed: int) -> Path:
+def _name(point: Point, seed: int) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", point.series.lower()).strip("-")
-    return out / (words + ("" if point.x is None else f"-{point.x:g}") + f"-seed{seed}")
+    return words + ("" if point.x is None else f"-{point.x:g}") + f"-seed{seed}"

@@ -49,6 +49,7 @@ class Pretrained:
         canvas: side of the squares that a directory's images are reduced to, over ``image_size``.
         data: what it was trained on, as ``load_dataset`` takes it; None where the file does not say.
         fresh: builds the backbone anew, as it was before training: the same weights with every call.
+        head: where its classifier was, as a dotted path.
     """
 
     backbone: nn.Module
@@ -62,6 +63,7 @@ class Pretrained:
     canvas: float
     data: str | None
     fresh: Callable[[], nn.Module]
+    head: str = "fc"
 
 
 def load_pretrained(
@@ -106,7 +108,7 @@ def load_pretrained(
         raise ValueError(f"arch {arch!r} cannot take images of image_size={size} pixels: {error}") from error
     return Pretrained(
         network, width, arch, facts["method"], size, facts["mean"], facts["std"], facts["channels"],
-        facts["canvas"], facts["data"], fresh=lambda: build()[0],
+        facts["canvas"], facts["data"], lambda: build()[0], head,
     )  # fmt: skip
 
 
