@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moco_fast import checks
     from moco_fast.backends import use_backend
     from moco_fast.models.moco import MoCo
+    from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT
     from moco_fast.norm import SplitBatchNorm
     from moco_fast.ops import (
         InfoNCEStats,
@@ -33,6 +34,8 @@ __all__ = [
     "InfoNCEStats",
     "KeyQueue",
     "MoCo",
+    "MoCo_ResNet",
+    "MoCo_ViT",
     "SplitBatchNorm",
     "__version__",
     "checks",
@@ -55,6 +58,8 @@ _HOME = {
     "InfoNCEStats": "ops",
     "KeyQueue": "queue",
     "MoCo": "models.moco",
+    "MoCo_ResNet": "models.moco_v3",
+    "MoCo_ViT": "models.moco_v3",
     "SplitBatchNorm": "norm",
     "contrast": "ops",
     "dino": "ops",
