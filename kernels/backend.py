@@ -17,10 +17,10 @@ from torch import Tensor
 
 from moco_fast import reference
 
-OPS = ("info_nce", "nt_xent", "contrast", "ema_update_", "enqueue_", "take_rows", "split_batch_norm")
+OPS = ("info_nce", "nt_xent", "contrast", "dino", "ema_update_", "enqueue_", "take_rows", "split_batch_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
-HOLDS_ROWS = ("info_nce", "nt_xent", "contrast")  # ops whose kernels hold whole rows in registers
+HOLDS_ROWS = ("info_nce", "nt_xent", "contrast", "dino")  # ops whose kernels hold whole rows in registers
 OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
 
 
@@ -57,7 +57,7 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
             tensor.dtype in DTYPES or (op == "ema_update_" and tensor.dtype == torch.float64)
         ):
             return f"it has no {tensor.dtype} kernel"
-        if op in HOLDS_ROWS and tensor.shape[-1] > MAX_FEATURES:
+        if op in HOLDS_ROWS and tensor.ndim > 1 and tensor.shape[-1] > MAX_FEATURES:
             return f"it holds rows of up to {MAX_FEATURES} features in registers, got {tensor.shape[-1]}"
     return None
 
@@ -118,6 +118,28 @@ def contrast(
 
     with _on_device_of(q):
         return contrast(q, k, temperature, labels, precision, need_dq, need_dk)
+
+
+def dino(
+    student: Tensor,
+    teacher: Tensor,
+    prototypes: Tensor,
+    teacher_prototypes: Tensor,
+    center: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    precision: str,
+    need_ds: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.dino`."""
+    from moco_fast.kernels.dino import dino
+
+    with _on_device_of(student):
+        return dino(
+            student, teacher, prototypes, teacher_prototypes, center,
+            student_temperature, teacher_temperature, precision, need_ds, need_dw,
+        )  # fmt: skip
 
 
 def split_batch_norm(

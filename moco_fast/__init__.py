@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moco_fast.ops import (
         InfoNCEStats,
         contrast,
+        dino,
         ema_update_,
         enqueue_,
         info_nce,
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "checks",
     "contrast",
+    "dino",
     "ema_update_",
     "enqueue_",
     "info_nce",
@@ -55,6 +57,7 @@ _HOME = {
     "MoCo": "models.moco",
     "SplitBatchNorm": "norm",
     "contrast": "ops",
+    "dino": "ops",
     "ema_update_": "ops",
     "enqueue_": "ops",
     "info_nce": "ops",

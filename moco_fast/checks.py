@@ -161,6 +161,42 @@ def contrast(q: object, k: object, labels: object) -> tuple[Tensor, Tensor, int]
     return q, k, labels
 
 
+def dino(
+    student: object, teacher: object, prototypes: object, teacher_prototypes: object, center: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Check the tensors of :func:`moco_fast.dino`."""
+    student = tensor("student", student, ndim=2)
+    teacher = tensor("teacher", teacher, ndim=2)
+    prototypes = tensor("prototypes", prototypes, ndim=2)
+    teacher_prototypes = tensor("teacher_prototypes", teacher_prototypes, ndim=2)
+    center = tensor("center", center, ndim=1)
+    _not_empty("student", student)
+    _same_shape("student", student, "teacher", teacher)
+    _same_dtype("student", student, "teacher", teacher)
+    if prototypes.shape[0] == 0 or prototypes.shape[1] != student.shape[1]:
+        raise ValueError(
+            f"prototypes must have shape (P, {student.shape[1]}), P > 0, to match student "
+            f"{tuple(student.shape)}, got {tuple(prototypes.shape)}"
+        )
+    _same_shape("prototypes", prototypes, "teacher_prototypes", teacher_prototypes)
+    if center.shape != prototypes.shape[:1]:
+        raise ValueError(
+            f"center must have shape ({prototypes.shape[0]},) to match prototypes "
+            f"{tuple(prototypes.shape)}, got {tuple(center.shape)}"
+        )
+    if center.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"center must be torch.float32 or torch.float64, got {center.dtype}")
+    constants = {"teacher": teacher, "teacher_prototypes": teacher_prototypes, "center": center}
+    for name, value in ({"prototypes": prototypes} | constants).items():
+        same_device("student", student, name, value)
+    for name, value in constants.items():
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but no gradient flows to the teacher: pass {name}.detach()"
+            )
+    return student, teacher, prototypes, teacher_prototypes, center
+
+
 def enqueue(
     queue: object, ptr: object, keys: object, mirror: object, order: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

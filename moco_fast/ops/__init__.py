@@ -5,6 +5,7 @@ declares what it writes.
 """
 
 from moco_fast.ops.batch_norm import split_batch_norm
+from moco_fast.ops.distillation import dino
 from moco_fast.ops.ema_update import ema_update_
 from moco_fast.ops.losses import InfoNCEStats, contrast, info_nce, nt_xent
 from moco_fast.ops.rows import enqueue_, take_rows
@@ -12,6 +13,7 @@ from moco_fast.ops.rows import enqueue_, take_rows
 __all__ = [
     "InfoNCEStats",
     "contrast",
+    "dino",
     "ema_update_",
     "enqueue_",
     "info_nce",

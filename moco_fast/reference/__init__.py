@@ -17,6 +17,7 @@ from moco_fast.reference.common import (
     normalise,
     runs,
 )
+from moco_fast.reference.distillation import dino
 from moco_fast.reference.ema_update import ema_update_
 from moco_fast.reference.losses import contrast, info_nce, nt_xent
 from moco_fast.reference.optim import AdamwStep, SgdStep, adamw_, sgd_
@@ -30,6 +31,7 @@ __all__ = [
     "compute_dtype",
     "contrast",
     "dense",
+    "dino",
     "ema_update_",
     "empty_rows",
     "enqueue_",
