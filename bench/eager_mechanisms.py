@@ -97,3 +97,33 @@ class EagerSymmetricMoCo(EagerMoCo):
             keys.insert(0, k)
         self.enqueue_(torch.cat(keys))  # those of the first view first
         return loss
+
+
+class EagerMemoryBank(nn.Module):
+    """Wu et al. 2018, with their loss or InfoNCE; the negatives are drawn once a step."""
+
+    def __init__(self, base_encoder, count, dim, K, T, momentum, loss):
+        super().__init__()
+        self.K, self.T, self.momentum, self.loss = K, T, momentum, loss
+        self.encoder = base_encoder(num_classes=dim)
+        self.register_buffer("bank", F.normalize(torch.randn(count, dim), dim=1))
+        self.register_buffer("Z", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, im: Tensor, indices: Tensor) -> Tensor:
+        f = F.normalize(self.encoder(im), dim=1)
+        drawn = self.bank[torch.randint(len(self.bank), (self.K,))]
+        own = self.bank[indices]
+        positive, negative = (own * f).sum(1) / self.T, f @ drawn.t() / self.T
+        if self.loss == "info_nce":
+            loss = -torch.log(positive.exp() / (positive.exp() + negative.exp().sum(1))).mean()
+        else:
+            if self.Z == 0:
+                self.Z.fill_(len(self.bank) * negative.detach().exp().mean())
+            noise = self.K / len(self.bank)
+            h, others = (x.exp() / self.Z / (x.exp() / self.Z + noise) for x in (positive, negative))
+            loss = (-h.log() - (1 - others).log().sum(1)).mean()
+        with torch.no_grad():
+            new = F.normalize(self.momentum * own + (1 - self.momentum) * f, dim=1)
+            for row, value in zip(indices.tolist(), new, strict=True):
+                self.bank[row] = value
+        return loss

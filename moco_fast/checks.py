@@ -244,6 +244,27 @@ def take_rows(x: object, index: object) -> tuple[Tensor, Tensor]:
     return x, index
 
 
+def per_row(name: str, value: object, beside_name: str, beside: Tensor) -> Tensor:
+    """Return ``value`` as int64 numbers, one for each row of another tensor and on its device, or raise."""
+    value = _index(name, value)
+    if value.shape != beside.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape ({beside.shape[0]},), one for each row of {beside_name}, "
+            f"got {tuple(value.shape)}"
+        )
+    same_device(beside_name, beside, name, value)
+    return value
+
+
+def in_range(name: str, value: Tensor, end: int, start: int = 0) -> None:
+    """Raise unless all numbers are in [start, end), where looking costs no wait: on a CPU, not compiled."""
+    if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    least, most = int(value.min()), int(value.max())
+    if not start <= least <= most < end:
+        raise ValueError(f"{name} must be in [{start}, {end}), got {least} to {most}")
+
+
 def ema_update(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Check the tensors of :func:`moco_fast.ema_update_`."""
     if len(targets) != len(sources):

@@ -62,7 +62,8 @@ def test_error_at_most_twice_eager(backend, shape, dtype, clustered):
     want, *gradients = formula(*inputs, TEMPERATURES)
     eager, *eager_gradients = formula(*inputs, TEMPERATURES, torch.float32)
     rows, *found = fused(*inputs)
-    assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 2e-6
+    # One rounding of a teacher's logit, 1e-6 at 25, times the student's, 10 at most, is more than this.
+    assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 4e-6
     rounding = torch.finfo(dtype).eps / 2  # gradients are handed out in the dtype of what they are to
     for got, exact, from_eager in zip(found, gradients, eager_gradients, strict=True):
         error, eager_error = (got - exact).norm(), (from_eager - exact).norm()

@@ -44,7 +44,7 @@ class MoCo(Method, KeyQueue):
         queue_sync: "global", the keys of all ranks in one queue that is the same everywhere, or "local", a
             queue per rank of that rank's keys, which saves the gathering of keys.
         symmetric: both views are queries in turn, against the other view's keys and one queue. The loss is
-            the *sum* of both directions, as in the official CIFAR notebook, and the keys of both views are
+            the sum of both directions, as in the official CIFAR notebook, and the keys of both views are
             enqueued, 2N a step. Fused loss only, whose statistics are those of 2N queries.
         shuffle_bn: shuffle the batch of the keys where batch norm sees parts of it. Without, a key shares its
             statistics with its query alone, which gives the positive away (He et al. 2020, section 3.3).
@@ -136,8 +136,8 @@ class MoCo(Method, KeyQueue):
             the loss; or logits (N, 1 + K), divided by T, the positive in column 0; labels (N,) int64 zeros.
 
         Raises:
-            ValueError: batches of different size, empty, or larger than K; return_stats, or a symmetric
-                model, without return_loss.
+            ValueError: batches of different size, empty, or larger than K; return_stats or a symmetric model
+                without return_loss.
             Disagreement: on every rank, if ranks were given different batches or options.
             RuntimeError: converted to SyncBatchNorm despite ``bn_splits``.
         """
