@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco_fast.data import fashion_mnist
+from moco_fast.data import download, fashion_mnist
 from moco_fast.data.datasets import load_dataset
 
 pytest.importorskip("sklearn")
@@ -21,8 +21,8 @@ def no_network(monkeypatch, tmp_path):
     def forbidden(*_):
         raise AssertionError("a test tried to run a command")
 
-    monkeypatch.setattr(fashion_mnist, "_run", forbidden)
-    monkeypatch.setattr(fashion_mnist, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(download, "run", forbidden)
+    monkeypatch.setattr(download, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")
     monkeypatch.setattr(fashion_mnist, "COUNTS", {"train": 40, "t10k": 20})
     monkeypatch.delenv("MOCO_FAST_DATA", raising=False)
@@ -110,7 +110,7 @@ def test_mnist_under_the_same_names_is_refused(tmp_path):
 def test_fallback_to_digits_says_why(monkeypatch):
     commands, lines = [], []
     monkeypatch.setattr(
-        fashion_mnist, "_run", lambda command, _: commands.append(command) or "no route to host"
+        download, "run", lambda command, _: commands.append(command) or "no route to host"
     )
     monkeypatch.setattr(fashion_mnist.shutil, "which", lambda _: "/usr/bin/apt-get")
     monkeypatch.setattr(fashion_mnist.os, "geteuid", lambda: 0)
@@ -134,7 +134,7 @@ def test_download_arrives_in_the_cache(monkeypatch, tmp_path):
     def run(command, _):
         write_fashion_mnist(Path(command[-1]) / "FashionMNIST" / "raw", zipped=False)
 
-    monkeypatch.setattr(fashion_mnist, "_run", run)
+    monkeypatch.setattr(download, "run", run)
     dataset = load_dataset("fashion-mnist", canvas=32, log=lambda _: None)
     assert dataset.name == "fashion-mnist" and "downloaded" in dataset.note
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["FashionMNIST"]

@@ -128,35 +128,24 @@ class TwoCrops:
         _check_images(images, self.mean)
         aspect = _aspect(images, aspect)
         unit = images.float() / 255
-        query, key = (self._view(unit, config, generator, aspect, part) for config in self.configs)
-        return query, key
+        query, key = (_view(unit, config, generator, aspect, part) for config in self.configs)
+        return _normalize_(query, self.mean, self.std), _normalize_(key, self.mean, self.std)
 
-    def _view(
-        self,
-        unit: Tensor,
-        config: AugmentConfig,
-        generator: torch.Generator,
-        aspect: Tensor,
-        part: tuple[int, int],
-    ) -> Tensor:
-        index, parts = part
-        draws = torch.rand(parts * len(unit), sum(_DRAWS), generator=generator, device=unit.device)
-        draws = draws[index * len(unit) : (index + 1) * len(unit)]
-        u_crop, u_flip, u_jitter, u_gray, u_blur, u_sigma, u_solarize = draws.split(_DRAWS, dim=1)
-        boxes = draw_boxes(u_crop, aspect, config.crop_scale, config.crop_ratio)
-        view = resample(unit, boxes, u_flip[:, 0] < config.flip_p, config.image_size)
-        # What the configuration never does is skipped; what it draws is not, so the draws stay aligned.
-        if config.jitter_p > 0 and max(config.jitter) > 0:
-            view = jitter(view, u_jitter, config.jitter, config.jitter_p)
-        if config.gray_p > 0 and view.shape[1] == 3:
-            view = torch.where(per_image(u_gray < config.gray_p), luma(view), view)
-        if config.blur_p > 0:
-            low, high = config.blur_sigma
-            view = blur(view, (low + (high - low) * u_sigma)[:, 0], u_blur[:, 0] < config.blur_p)
-        if config.solarize_p > 0:
-            chosen = per_image(u_solarize < config.solarize_p) & (view >= 0.5)
-            view = torch.where(chosen, 1 - view, view)
-        return _normalize_(view, self.mean, self.std)
+
+def random_view(
+    images: Tensor,  # (N, C, H, W) uint8, C is 1 or 3
+    config: AugmentConfig,
+    mean: Sequence[float],  # per channel
+    std: Sequence[float],  # per channel
+    generator: torch.Generator,  # on the device of images
+    aspect: Tensor | None = None,  # (N,) width / height of the originals
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """One random view of every image, (N, C, S, S) float32 and normalised; args as for :class:`TwoCrops`."""
+    mean, std = _statistics(mean, std)
+    _check_images(images, mean)
+    view = _view(images.float() / 255, config, generator, _aspect(images, aspect), part)
+    return _normalize_(view, mean, std)
 
 
 def center_view(
@@ -179,25 +168,31 @@ def center_view(
     return _normalize_(resample(images.float() / 255, box, keep, size), mean, std)
 
 
-def crop_view(
-    images: Tensor,  # (N, C, H, W) uint8, C is 1 or 3
-    size: int,
-    mean: Sequence[float],  # per channel
-    std: Sequence[float],  # per channel
-    generator: torch.Generator,  # on the device of images
-    scale: tuple[float, float],  # area of the crop, as a fraction of the image
-    aspect: Tensor | None = None,  # (N,) width / height of the originals
-) -> Tensor:
-    """The view that classifiers are trained on: a random resized crop, half of them flipped.
-
-    Returns (N, C, size, size); args as for :class:`TwoCrops`.
-    """
-    _check_size("size", size)
-    mean, std = _statistics(mean, std)
-    _check_images(images, mean)
-    u = torch.rand(len(images), CROP_DRAWS + 1, generator=generator, device=images.device)
-    boxes = draw_boxes(u[:, :CROP_DRAWS], _aspect(images, aspect), scale, (3 / 4, 4 / 3))
-    return _normalize_(resample(images.float() / 255, boxes, u[:, CROP_DRAWS] < 0.5, size), mean, std)
+def _view(
+    unit: Tensor,  # (N, C, H, W) in [0, 1]
+    config: AugmentConfig,
+    generator: torch.Generator,
+    aspect: Tensor,  # (N,)
+    part: tuple[int, int],
+) -> Tensor:  # (N, C, S, S) in [0, 1]
+    index, parts = part
+    draws = torch.rand(parts * len(unit), sum(_DRAWS), generator=generator, device=unit.device)
+    draws = draws[index * len(unit) : (index + 1) * len(unit)]
+    u_crop, u_flip, u_jitter, u_gray, u_blur, u_sigma, u_solarize = draws.split(_DRAWS, dim=1)
+    boxes = draw_boxes(u_crop, aspect, config.crop_scale, config.crop_ratio)
+    view = resample(unit, boxes, u_flip[:, 0] < config.flip_p, config.image_size)
+    # What the configuration never does is skipped; what it draws is not, so the draws stay aligned.
+    if config.jitter_p > 0 and max(config.jitter) > 0:
+        view = jitter(view, u_jitter, config.jitter, config.jitter_p)
+    if config.gray_p > 0 and view.shape[1] == 3:
+        view = torch.where(per_image(u_gray < config.gray_p), luma(view), view)
+    if config.blur_p > 0:
+        low, high = config.blur_sigma
+        view = blur(view, (low + (high - low) * u_sigma)[:, 0], u_blur[:, 0] < config.blur_p)
+    if config.solarize_p > 0:
+        chosen = per_image(u_solarize < config.solarize_p) & (view >= 0.5)
+        view = torch.where(chosen, 1 - view, view)
+    return view
 
 
 def _normalize_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

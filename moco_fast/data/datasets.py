@@ -1,4 +1,4 @@
-"""Find a dataset by name or directory: Fashion-MNIST, digits, or a folder of images."""
+"""Find a dataset by name or directory: Fashion-MNIST, digits, CIFAR, or a folder of images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moco_fast.data import fashion_mnist
+from moco_fast.data import cifar, fashion_mnist
 from moco_fast.data.folder import load_folder
 from moco_fast.data.images import Dataset, ImageSet, Log, MemoryImages
 from moco_fast.extras import extra
@@ -22,7 +22,7 @@ def load_dataset(
     download: bool = True,
     log: Log = print,
 ) -> Dataset:
-    """Load ``"fashion-mnist"``, ``"digits"``, or a directory of images.
+    """Load ``"fashion-mnist"``, ``"digits"``, ``"cifar10"``, ``"cifar100"``, or a directory of images.
 
     Under ``torchrun`` let one process load first: others then find what it downloaded.
 
@@ -31,14 +31,14 @@ def load_dataset(
             that is called the same; write ``./digits`` for the directory.
         canvas: side in pixels of the squares that a directory's images are squashed to.
             Named datasets keep their own size.
-        download: fetch Fashion-MNIST when no copy is found here.
+        download: fetch Fashion-MNIST or CIFAR when no copy is found here.
         log: receives one line per thing worth knowing, such as skipped files.
 
     Returns:
         The dataset; its ``note`` says where it came from.
 
     Raises:
-        FileNotFoundError: no such name or directory.
+        FileNotFoundError: no such name or directory, or CIFAR cannot be had.
         NotADirectoryError: the path is a file.
         ValueError: the directory holds fewer than two readable images, or ``canvas`` < 1.
     """
@@ -48,7 +48,9 @@ def load_dataset(
         return _digits("scikit-learn's 8x8 digits, as asked")
     if name_or_dir == "fashion-mnist":
         return _fashion_mnist(download, log)
-    return load_folder(Path(name_or_dir).expanduser(), canvas, log, known_names=("fashion-mnist", "digits"))
+    if name_or_dir in cifar.NAMES:
+        return cifar.load(str(name_or_dir), download, log)
+    return load_folder(Path(name_or_dir).expanduser(), canvas, log, ("fashion-mnist", "digits", *cifar.NAMES))
 
 
 def _fashion_mnist(download: bool, log: Log) -> Dataset:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import math
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -17,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moco_fast.data import download
 from moco_fast.data.images import Log
 
 CLASSES = (
@@ -25,7 +23,6 @@ CLASSES = (
 COUNTS = {"train": 60_000, "t10k": 10_000}
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
-CONNECT_SECONDS = 12  # silence after which a server counts as unreachable
 DOWNLOAD_SECONDS = 300  # 30 MB at 100 KB/s
 APT_SECONDS = 120  # per apt-get call
 
@@ -33,17 +30,9 @@ Half = tuple[Tensor, Tensor]  # images (N, 1, 28, 28) uint8, labels (N,) int64
 Found = tuple[Half, Half, str]  # train, test, note
 
 
-def cache_dir() -> Path:
-    """Where downloads go."""
-    return Path.home() / ".cache" / "moco_fast"
-
-
 def places() -> list[Path]:
     """Directories that may hold the four files, best first."""
-    roots = [cache_dir(), Path("data")]
-    if os.environ.get("MOCO_FAST_DATA"):
-        roots.insert(0, Path(os.environ["MOCO_FAST_DATA"]).expanduser())
-    return [root / sub for root in roots for sub in ("", "fashion-mnist", "FashionMNIST/raw")] + [DEBIAN]
+    return [root / sub for root in download.roots() for sub in ("", "fashion-mnist", "FashionMNIST/raw")] + [DEBIAN]
 
 
 def find(log: Log) -> Found | None:
@@ -63,8 +52,8 @@ def find(log: Log) -> Found | None:
 
 def fetch(log: Log) -> Found | None:
     """Get a copy from the internet or from Debian; None, with the reasons logged, where neither works."""
-    log(f"Fashion-MNIST (30 MB) is not here yet: downloading to {cache_dir()} ...")
-    if failure := _download(cache_dir()):
+    log(f"Fashion-MNIST (30 MB) is not here yet: downloading to {download.cache_dir()} ...")
+    if failure := _download(download.cache_dir()):
         log(f"Download failed: {failure}")
     elif found := find(log):
         return *found[:2], f"{found[2]}, downloaded by torchvision"
@@ -127,17 +116,10 @@ def _read_half(place: Path, half: str) -> Half:
 
 def _download(target: Path) -> str | None:
     """Download with torchvision; the reason where that fails."""
-    if importlib.util.find_spec("torchvision") is None:
-        return "torchvision is not installed (pip install moco_fast[train])"
-    # A child process: the time limit holds whatever hangs, and no socket default changes here.
-    code = (
-        "import socket, sys; from torchvision.datasets import FashionMNIST\n"
-        f"socket.setdefaulttimeout({CONNECT_SECONDS}); FashionMNIST(sys.argv[1], download=True)"
-    )
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as scratch:
-            if failure := _run([sys.executable, "-c", code, scratch], DOWNLOAD_SECONDS):
+            if failure := download.with_torchvision("FashionMNIST", Path(scratch), DOWNLOAD_SECONDS):
                 return failure
             raw = target / "FashionMNIST" / "raw"
             raw.mkdir(parents=True, exist_ok=True)
@@ -150,25 +132,8 @@ def _download(target: Path) -> str | None:
 
 def _apt_install() -> str | None:
     """Install the package, refreshing the package lists if need be; the reason where that fails."""
-    limits = ["-o", f"Acquire::http::Timeout={CONNECT_SECONDS}", "-o", "DPkg::Lock::Timeout=10"]
+    limits = ["-o", f"Acquire::http::Timeout={download.CONNECT_SECONDS}", "-o", "DPkg::Lock::Timeout=10"]
     install = ["apt-get", *limits, "install", "-y", "--no-install-recommends", "dataset-fashion-mnist"]
-    if _run(install, APT_SECONDS) is None:
+    if download.run(install, APT_SECONDS) is None:
         return None
-    return _run(["apt-get", *limits, "update"], APT_SECONDS) or _run(install, APT_SECONDS)
-
-
-def _run(command: list[str], seconds: float) -> str | None:
-    """Run a command; None on success, else its last line of complaint."""
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        done = subprocess.run(
-            command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return f"not finished after {seconds:g} s"
-    except OSError as error:
-        return str(error)
-    if done.returncode == 0:
-        return None
-    lines = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-    return lines[-1]
+    return download.run(["apt-get", *limits, "update"], APT_SECONDS) or download.run(install, APT_SECONDS)

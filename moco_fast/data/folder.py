@@ -60,6 +60,10 @@ class FolderImages:
         """Path of one image."""
         return os.fsdecode(bytes(self._paths[index]))
 
+    def subset(self, rows: Tensor) -> FolderImages:
+        """The files at ``rows``, (M,) int64."""
+        return FolderImages([self.name_of(row) for row in rows.tolist()], self.canvas)
+
     def fetch(self, indices: Tensor) -> Fetched:
         """Decode the files at ``indices``, (B,) int64; a broken file is replaced by the next whole one.
 

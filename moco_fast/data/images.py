@@ -44,6 +44,10 @@ class ImageSource(Protocol):
         """What to call one image in a message."""
         ...
 
+    def subset(self, rows: Tensor) -> ImageSource:
+        """The images at ``rows``, (M,) int64, as a source of their own."""
+        ...
+
 
 class MemoryImages:
     """Images held as one uint8 tensor.
@@ -76,6 +80,10 @@ class MemoryImages:
         """What to call one image in a message."""
         return f"image {index}"
 
+    def subset(self, rows: Tensor) -> MemoryImages:
+        """A copy of the images at ``rows``, (M,) int64."""
+        return MemoryImages(self.pixels[rows], None if self.aspect is None else self.aspect[rows])
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -86,6 +94,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, rows: Tensor) -> ImageSet:
+        """The images at ``rows``, (M,) int64, and their labels."""
+        return ImageSet(self.images.subset(rows), None if self.labels is None else self.labels[rows])
 
 
 @dataclass(frozen=True)

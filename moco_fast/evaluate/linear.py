@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_fast import checks
-from moco_fast.data.augment import crop_view
+from moco_fast.data.augment import AugmentConfig, random_view
 from moco_fast.data.images import Dataset, ImageSet
 from moco_fast.data.loader import BatchLoader
 from moco_fast.evaluate.features import View, features_of, labels_missing
@@ -301,6 +301,7 @@ def augmented_batches(
 ) -> Batches:
     """Batches of features of random crops, drawn anew in every epoch."""
     size = min(config.batch_size, len(images))
+    crop = AugmentConfig(view.size, CROP_SCALE, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
     loader = BatchLoader(images, size, config.seed, view.workers, pin_memory=view.device.type == "cuda")
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -309,7 +310,7 @@ def augmented_batches(
         for batch in loader.in_order(order):
             pixels = batch.images.to(view.device, non_blocking=True).expand(-1, len(view.mean), -1, -1)
             aspect = None if batch.aspect is None else batch.aspect.to(view.device)
-            crops = crop_view(pixels, view.size, view.mean, view.std, drawn, CROP_SCALE, aspect)
+            crops = random_view(pixels, crop, view.mean, view.std, drawn, aspect)
             rows = batch.indices.to(view.device)
             with torch.no_grad():
                 features = network(crops)

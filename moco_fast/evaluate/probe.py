@@ -76,7 +76,7 @@ class KnnProbe:
             k=self.k,
         )
 
-    def gallery(self, model: Method, out_png: Path) -> None:
+    def gallery(self, model: nn.Module, out_png: Path) -> None:
         """Write a picture of test images (or training images, without a test half) and their neighbours."""
         held_out = self.dataset.test is not None
         asked = self.dataset.test or self.dataset.train
@@ -100,11 +100,12 @@ class KnnProbe:
             near.similarities.cpu(),
         )
 
-    def _features(self, model: Method | None, images: ImageSet, rows: Tensor) -> Tensor:
-        """Features of the images at ``rows``, in that order, on the CPU."""
+    def _features(self, model: nn.Module | None, images: ImageSet, rows: Tensor) -> Tensor:
+        """Features of the images at ``rows``, in that order, on the CPU: a method's, or what a network returns."""
         if model is None:
             return features_of(nn.Flatten(), images, rows, self._view.raw()).cpu()
-        return features_of(model, images, rows, self._view, call=model.features).cpu()
+        call = model.features if isinstance(model, Method) else None
+        return features_of(model, images, rows, self._view, call).cpu()
 
 
 def _one_per_class(images: ImageSet, most: int) -> Tensor:

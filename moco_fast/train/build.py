@@ -83,6 +83,11 @@ def replicated(model: Method, config: PretrainConfig, device: torch.device) -> n
     if config.compile:  # in place, so that names in the state dict stay
         for network in model.children():
             network.compile()
+    return data_parallel(model, device)
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model itself, or with several processes a replica whose gradients are averaged over them."""
     if distributed.world_size() == 1:
         return model
     # Statistics stay each process's own, to be averaged when they are used. The option was renamed.

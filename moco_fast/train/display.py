@@ -28,9 +28,12 @@ class Display:
         total: steps of the whole run.
         done: steps that a resumed run has behind it.
         chance: loss of guessing, log(K + 1); None where the loss is no cross-entropy.
+        task: what the bar is called.
     """
 
-    def __init__(self, console: Any, total: int, done: int, chance: float | None) -> None:
+    def __init__(
+        self, console: Any, total: int, done: int, chance: float | None, task: str = "pretraining"
+    ) -> None:
         progress = extra("rich.progress")
         self._console, self._total, self._chance = console, total, chance
         self._first, self._began, self._last_line = done, time.monotonic(), 0.0
@@ -46,7 +49,7 @@ class Display:
             # A bar redrawn into a file is noise; lines are printed there instead.
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("pretraining", total=total, completed=done, status="")
+        self._task = self._bar.add_task(task, total=total, completed=done, status="")
 
     def __enter__(self) -> Display:
         self._bar.start()

@@ -104,7 +104,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         console = extra("rich.console").Console(quiet=True)
     check_agreement({"the config": config.to_dict(), "out": str(out), "resume": resume})
     if not resume:
-        on_rank_0(lambda: _refuse_to_overwrite(out))
+        on_rank_0(lambda: refuse_to_overwrite(out))
     saved = None
     if resume is True or (resume and on_rank_0((out / checkpoints.FILE_NAME).exists)):
         saved = checkpoints.read(out)
@@ -207,7 +207,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         try:
             checkpoints.check_finite(model)
         except ValueError as error:
-            raise NonFiniteLossError(_explain(step, f"weights: {error}", out)) from error
+            raise NonFiniteLossError(explain_not_finite(step, f"weights: {error}", out)) from error
         average_statistics_(model)
         random = from_all(checkpoints.random_state())
         # One queue of every process, unless they are the same.
@@ -260,7 +260,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         finite = torch.isfinite(rows[:, 0])
         if not finite.all():
             bad = int((~finite).nonzero()[0])
-            raise NonFiniteLossError(_explain(first + bad, f"loss: {rows[bad, 0].item()}", out))
+            raise NonFiniteLossError(explain_not_finite(first + bad, f"loss: {rows[bad, 0].item()}", out))
         now = time.monotonic()
         values = {
             "epoch": step / steps_per_epoch,
@@ -361,13 +361,15 @@ def _forward_backward(
     return {name: torch.stack([part[name] for part in found]).mean(0) for name in found[0]}
 
 
-def _refuse_to_overwrite(out: Path) -> None:
+def refuse_to_overwrite(out: Path) -> None:
+    """Raise FileExistsError unless a run folder is empty or not there."""
     if out.exists() and any(out.iterdir()):
         hint = f"resume it (--resume {out})" if (out / checkpoints.FILE_NAME).exists() else "empty it"
         raise FileExistsError(f"out {str(out)!r} is not empty: {hint}, or choose another --out")
 
 
-def _explain(step: int, what: str, out: Path) -> str:
+def explain_not_finite(step: int, what: str, out: Path) -> str:
+    """The message of NonFiniteLossError."""
     if (out / checkpoints.FILE_NAME).exists():
         rest = f"The last good checkpoint stays in {out}: resume it with a lower --lr."
     else:

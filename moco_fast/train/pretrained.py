@@ -50,6 +50,7 @@ class Pretrained:
         data: what it was trained on, as ``load_dataset`` takes it; None where the file does not say.
         fresh: builds the backbone anew, as it was before training: the same weights with every call.
         head: where its classifier was, as a dotted path.
+        first_width: channels of the first stage, of "small_resnet".
     """
 
     backbone: nn.Module
@@ -64,6 +65,7 @@ class Pretrained:
     data: str | None
     fresh: Callable[[], nn.Module]
     head: str = "fc"
+    first_width: int = 16
 
 
 def load_pretrained(
@@ -108,7 +110,7 @@ def load_pretrained(
         raise ValueError(f"arch {arch!r} cannot take images of image_size={size} pixels: {error}") from error
     return Pretrained(
         network, width, arch, facts["method"], size, facts["mean"], facts["std"], facts["channels"],
-        facts["canvas"], facts["data"], lambda: build()[0], head,
+        facts["canvas"], facts["data"], lambda: build()[0], head, facts["first_width"],
     )  # fmt: skip
 
 

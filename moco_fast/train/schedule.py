@@ -17,9 +17,15 @@ def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> fl
     """
     peak = config.lr * config.batch_size / config.lr_batch_size
     epoch = step / steps_per_epoch
-    if epoch < config.warmup_epochs:
-        return peak * min(1.0, (step + 1) / (config.warmup_epochs * steps_per_epoch))
-    if config.schedule == "step":
+    if config.schedule == "step" and epoch >= config.warmup_epochs:
         return peak * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
-    progress = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+    return cosine(peak, config.epochs, config.warmup_epochs, step, steps_per_epoch)
+
+
+def cosine(peak: float, epochs: int, warmup_epochs: float, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up to ``peak``, then half a cosine to 0 after ``epochs``; ``step`` counts from 0."""
+    epoch = step / steps_per_epoch
+    if epoch < warmup_epochs:
+        return peak * min(1.0, (step + 1) / (warmup_epochs * steps_per_epoch))
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
