@@ -111,7 +111,7 @@ STUDIES: dict[str, Study] = {
         "How does accuracy depend on the number of negatives, and on where they come from?",
         "He et al. 2020, figure 3",
         "negatives",
-        lambda: _dictionary(_small, (64, 256, 1024, 4096, 16384), (64, 128, 256, 512)),
+        lambda: _dictionary(_small, (128, 512, 2048, 8192), (64, 128, 256, 512)),
         lambda: _dictionary(_imagenet, (256, 512, 1024, 4096, 16384, 65536), (256, 512, 1024)),
     ),
     "momentum": Study(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moco_fast import distributed
 from moco_fast.models.backbones import VITS
 from moco_fast.models.end_to_end import EndToEnd
+from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.method import Method
 from moco_fast.models.moco import MoCo
 from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT, momentum_at
@@ -103,6 +104,19 @@ def _end_to_end(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
     return EndToEnd(encoder, config.dim, config.temperature)
 
 
+def _memory_bank(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return MemoryBank(
+        encoder, facts.images, config.dim, config.queue_size, config.temperature, config.momentum,
+        loss="nce" if config.nce else "info_nce",
+    )  # fmt: skip
+
+
+def _memory_bank_step(
+    model: nn.Module, views: Views, config: Config, progress: float
+) -> tuple[Tensor, Stats]:
+    return model(views.first, views.indices, return_stats=True)
+
+
 def _simclr(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
     return SimCLR(encoder, config.dim, config.temperature)
 
@@ -155,6 +169,13 @@ METHODS: dict[str, Row] = {
         {"temperature": 0.07},
         chance=_others_of_the_batch,
         in_batch=True,
+    ),
+    "memory-bank": Row(
+        "a row for every image, its average over the epochs; Wu et al. 2018",
+        _memory_bank,
+        _memory_bank_step,
+        {"queue_size": 4096, "momentum": 0.5, "temperature": 0.07, "nce": False},
+        chance=_positive_and_queue,
     ),
     "simclr": Row(
         "every view against all others of the batch; Chen et al. 2020",
