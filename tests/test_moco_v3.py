@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import moco_fast
 from bench.eager_moco_v3 import EagerMoCoV3, EagerMoCoV3ViT
-from moco_fast.models import heads, vits
+from moco_fast.models import vits
 from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT, momentum_at
 from moco_fast.models.resnet import small_resnet
 
@@ -389,16 +389,3 @@ def test_bad_steps_change_nothing(arguments, error, message, training):
 def test_bad_constructor_arguments(cls, options, error, message):
     with pytest.raises(error, match=message):
         build(cls, **options)
-
-
-@pytest.mark.parametrize(
-    ("dims", "error", "message"),
-    [
-        ([8], ValueError, r"dims must hold those of the input and of the output, got \[8\]"),
-        ([8, 0], ValueError, r"dims\[1\] must be at least 1, got 0"),
-        ([8, 4.0, 2], TypeError, r"dims\[1\] must be an integer, got float 4.0"),
-    ],
-)
-def test_bad_mlps(dims, error, message):
-    with pytest.raises(error, match=message):
-        heads.mlp(dims, last_norm=True)
