@@ -46,13 +46,14 @@ def rank_official(rank):
 
 def rank_disagreement(rank):
     messages = []
-    for change in ("batch", "m", "T", "dim", "type"):
+    for change in ("batch", "m", "T", "dim", "autocast", "type"):
         other = rank == 1
         model = build(dim=8 if other and change == "dim" else 16)
         before = copy.deepcopy(model.state_dict())
         model.T = 0.5 if other and change == "T" else 0.3
         ((x1, x2),) = views(7 if other and change == "batch" else 6)
-        with pytest.raises((distributed.Disagreement, TypeError)) as caught:
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=other and change == "autocast")
+        with autocast, pytest.raises(distributed.Disagreement) as caught:
             model(None if other and change == "type" else x1, x2, 0.8 if other and change == "m" else 0.9)
         assert unchanged(model, before)
         messages.append(str(caught.value))
@@ -92,6 +93,7 @@ def test_ranks_that_disagree_all_hear_of_it(found):
             "m must be the same on every rank, got 0.9 on rank 0, 0.8 on rank 1",
             "T must be the same on every rank, got 0.3 on rank 0, 0.5 on rank 1",
             "dim must be the same on every rank, got 16 on rank 0, 8 on rank 1",
+            "autocast must be the same on every rank, got None on rank 0, torch.bfloat16 on rank 1",
             "rank 1: x1 must be a tensor of images (N, ...), got NoneType",
         ],
         strict=True,
