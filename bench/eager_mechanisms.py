@@ -127,3 +127,25 @@ class EagerMemoryBank(nn.Module):
             for row, value in zip(indices.tolist(), new, strict=True):
                 self.bank[row] = value
         return loss
+
+
+class EagerSupMoCo(EagerMoCo):
+    """Khosla et al. 2020, equation 2, over a query's own key and MoCo's queue."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_buffer("queue_labels", torch.full((self.K,), -1))
+
+    def forward(self, im_q: Tensor, im_k: Tensor, labels: Tensor) -> Tensor:
+        q = F.normalize(self.encoder_q(im_q), dim=1)
+        with torch.no_grad():
+            self.update_key_encoder()
+            k = F.normalize(self.encoder_k(im_k), dim=1)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1) / self.T
+        same = (labels[:, None] == self.queue_labels) & (labels[:, None] >= 0)
+        positive = torch.cat([torch.ones_like(same[:, :1]), same], dim=1)
+        log_p = logits - logits.logsumexp(1, keepdim=True)
+        slots = (int(self.queue_ptr) + torch.arange(len(k))) % self.K
+        self.enqueue_(k)
+        self.queue_labels[slots] = labels
+        return -((log_p * positive).sum(1) / positive.sum(1)).mean()
