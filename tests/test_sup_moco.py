@@ -22,7 +22,7 @@ def build(**options):
 
 
 def eager(model):
-    found = EagerSupMoCo(methods.Net, 16, K, 0.9, 0.2, True)
+    found = EagerSupMoCo(methods.Net, 16, K, 0.9, 0.2, True).to(model.queue.dtype)
     found.load_state_dict(model.state_dict())
     return found
 
@@ -38,7 +38,7 @@ def test_loss_and_gradients():
     model = build().double()
     model.queue.copy_(torch.nn.functional.normalize(model.queue, dim=0))
     model.queue_labels.copy_(torch.randint(-1, CLASSES, (K,)))
-    methods.assert_loss_and_gradients(model, eager(model).double(), next(batches()))
+    methods.assert_loss_and_gradients(model, eager(model), next(batches()))
 
 
 def test_twenty_steps():

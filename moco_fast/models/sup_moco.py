@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from moco_fast import checks, distributed, ops
-from moco_fast.models import steps
 from moco_fast.models.moco import MoCo
 
 
@@ -77,11 +76,14 @@ class SupMoCo(MoCo):
             statistics.
 
         Raises:
-            TypeError, ValueError: as of MoCo; labels not int64, not one for each image, or, on a CPU, out of range.
+            TypeError, ValueError: as of MoCo; labels not int64, not one for each image, or, on a CPU, out of
+                range.
             Disagreement: on every rank, if ranks were given different things.
         """
-        steps.agree(self, lambda: self._label_facts(im_q, labels), None)
-        q, k, enqueue = self._encode(im_q, im_k, return_loss=True, return_stats=return_stats)
+        q, k, enqueue = self._encode(
+            im_q, im_k, return_loss=True, return_stats=return_stats,
+            further=lambda: self._label_facts(im_q, labels),
+        )  # fmt: skip
         directions = 2 if self.symmetric else 1
         loss = directions * ops.multi_info_nce(
             q, k, self.negatives, self.T,
@@ -111,6 +113,5 @@ class SupMoCo(MoCo):
         self._labels = []
 
     def _label_facts(self, im_q: Tensor, labels: Tensor) -> dict[str, object]:
-        steps.check_views(im_q=im_q)
         checks.in_range("labels", checks.per_row("labels", labels, "im_q", im_q), self.classes, start=-1)
         return {"classes": self.classes, "labels": tuple(labels.shape)}

@@ -47,8 +47,8 @@ def multi_info_nce(
         once. Sums by class are added in no fixed order on a GPU: they repeat to rounding.
 
     Raises:
-        TypeError, ValueError: as of :func:`info_nce`; labels not int64, not one for each row, or, on a CPU, out
-            of range; one of labels, queue_labels and classes without the others.
+        TypeError, ValueError: as of :func:`info_nce`; labels not int64, not one for each row, or, on a CPU,
+            out of range; one of labels, queue_labels and classes without the others.
 
     Example:
         >>> loss = moco_fast.multi_info_nce(q, k, queue, labels=y, queue_labels=queue_y, classes=1000)
