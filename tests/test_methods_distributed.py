@@ -14,7 +14,7 @@ from moco_fast.models.end_to_end import EndToEnd
 from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.simclr import SimCLR
 
-BATCH, STEPS, COUNT = 12, 20, 30
+BATCH, STEPS, COUNT = 12, 8, 30
 Plain = partial(methods.Net, norm=False)
 
 MODELS = {

@@ -21,8 +21,8 @@ from moco_fast.models.method import Method
 class DINO(Method):
     """A student and its momentum teacher, compared over prototypes without the logits of either.
 
-    Each is an encoder whose head is an MLP of three layers with GELU and no batch norm, an l2 norm, and a layer
-    of weight-normalised prototypes whose norm is fixed to 1. Both crops pass an encoder as one batch.
+    Each is an encoder whose head is an MLP of three layers with GELU and no batch norm, an l2 norm, and a
+    layer of weight-normalised prototypes whose norm is fixed to 1. Both crops pass an encoder as one batch.
 
     Args:
         base_encoder: called as ``base_encoder(num_classes=dim)``, student first, then teacher.
@@ -87,8 +87,8 @@ class DINO(Method):
     ) -> Any:
         """Cross-entropy of the student's output for each crop with the teacher's for the other, their mean.
 
-        In training the teacher moves towards the student first, and after the loss the center towards the mean
-        of the teacher's logits, over all ranks. In eval mode nothing changes.
+        In training the teacher moves towards the student first, and after the loss the center towards the
+        mean of the teacher's logits, over all ranks. In eval mode nothing changes.
 
         Args:
             x1: one global crop of every image.
@@ -132,7 +132,7 @@ class DINO(Method):
         teacher: Tensor,  # (2N, dim), raw
         prototypes: Tensor,  # (P, dim)
     ) -> None:
-        """``center <- c center + (1 - c) mean of the logits``, which are linear: ``prototypes @ mean of rows``."""
+        """``center <- c center + (1 - c) mean of the logits``; they are linear: ``prototypes @ mean row``."""
         with torch.autocast(teacher.device.type, enabled=False):
             mean = F.normalize(teacher.to(self.center.dtype), dim=1).mean(dim=0, keepdim=True)
             mean = distributed.all_gather_rows(mean).mean(dim=0)
