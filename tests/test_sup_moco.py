@@ -130,6 +130,8 @@ def test_bad_arguments_change_nothing():
     model = build()
     before = copy.deepcopy(model.state_dict())
     x1, x2, labels = next(batches())
+    with pytest.raises(TypeError, match=r"call the model, model\(im_q, im_k, labels\)"):
+        model.loss(x1, x2)
     for bad, error, message in [
         (labels[:3], ValueError, r"labels must have shape \(12,\), one for each row of im_q"),
         (labels.float(), TypeError, "labels must be an int64 tensor"),

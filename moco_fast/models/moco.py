@@ -64,7 +64,7 @@ class MoCo(Method, KeyQueue):
     ENCODER = "encoder_q"
 
     # DDP would otherwise broadcast the queue, 33 MB, in every forward.
-    _ddp_params_and_buffers_to_ignore = ("queue", "queue_ptr")
+    _ddp_params_and_buffers_to_ignore: tuple[str, ...] = ("queue", "queue_ptr")
 
     def __init__(
         self,

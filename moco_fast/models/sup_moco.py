@@ -69,7 +69,8 @@ class SupMoCo(MoCo):
             im_q: views for the query encoder.
             im_k: views for the key encoder.
             labels: class of every image.
-            return_stats: also return the statistics, of the image's own key and all rows of the queue.
+            return_stats: also return the statistics, of the image's own key and all rows of the queue; a
+                second pass over the queue.
 
         Returns:
             The mean loss, of a symmetric model the sum of both directions'; with ``return_stats`` also the
@@ -99,6 +100,14 @@ class SupMoCo(MoCo):
             self._labels.append(distributed.all_gather_rows(labels) if everywhere else labels)
         enqueue()
         return (loss, stats) if return_stats else loss
+
+    def loss(self, *arguments: Any, **options: Any) -> Any:
+        """MoCo's, which has no labels; call the model instead.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("SupMoCo has no loss without labels: call the model, model(im_q, im_k, labels)")
 
     def enqueue_(self, keys: Tensor, order: Tensor | None = None) -> None:
         """Replace the oldest keys and their labels; keys from outside a step have none."""

@@ -57,7 +57,9 @@ def multi_info_nce(
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     first = k[:, 0] if several else k
     if labels is None and (not several or k.shape[1] == 1):
-        return info_nce(q, first, queue, temperature, precision=precision, reduction=reduction)
+        loss = info_nce(q, first, queue, temperature, precision=precision, reduction=reduction)
+        assert isinstance(loss, Tensor)
+        return loss
 
     # Relative to the first key's loss: where that is the only positive, all terms below are exactly 0.
     rows = info_nce(q, first, queue, temperature, precision=precision, reduction="none")
