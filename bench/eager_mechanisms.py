@@ -127,3 +127,66 @@ class EagerMemoryBank(nn.Module):
             for row, value in zip(indices.tolist(), new, strict=True):
                 self.bank[row] = value
         return loss
+
+
+class EagerSupMoCo(EagerMoCo):
+    """Khosla et al. 2020, equation 2, over a query's own key and MoCo's queue."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_buffer("queue_labels", torch.full((self.K,), -1))
+
+    def forward(self, im_q: Tensor, im_k: Tensor, labels: Tensor) -> Tensor:
+        q = F.normalize(self.encoder_q(im_q), dim=1)
+        with torch.no_grad():
+            self.update_key_encoder()
+            k = F.normalize(self.encoder_k(im_k), dim=1)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.clone()], dim=1) / self.T
+        same = (labels[:, None] == self.queue_labels) & (labels[:, None] >= 0)
+        positive = torch.cat([torch.ones_like(same[:, :1]), same], dim=1)
+        log_p = logits - logits.logsumexp(1, keepdim=True)
+        slots = (int(self.queue_ptr) + torch.arange(len(k))) % self.K
+        self.enqueue_(k)
+        self.queue_labels[slots] = labels
+        return -((log_p * positive).sum(1) / positive.sum(1)).mean()
+
+
+class EagerDINO(nn.Module):
+    """Caron et al. 2021, algorithm 1, with the logits of both models."""
+
+    def __init__(self, base_encoder, dim, prototypes, mlp_dim, student_T, teacher_T, center_momentum):
+        super().__init__()
+        self.student_T, self.teacher_T, self.center_momentum = student_T, teacher_T, center_momentum
+        self.student, self.teacher = base_encoder(num_classes=dim), base_encoder(num_classes=dim)
+        for encoder in (self.student, self.teacher):
+            encoder.fc = nn.Sequential(
+                nn.Linear(encoder.fc.in_features, mlp_dim), nn.GELU(),
+                nn.Linear(mlp_dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, dim),
+            )  # fmt: skip
+        self.prototypes = nn.Parameter(torch.randn(prototypes, dim))
+        self.teacher_prototypes = nn.Parameter(torch.randn(prototypes, dim), requires_grad=False)
+        self.teacher.requires_grad_(False)
+        self.register_buffer("center", torch.zeros(prototypes))
+
+    def forward(self, x1: Tensor, x2: Tensor, m: float) -> Tensor:
+        with torch.no_grad():
+            pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+            for target, source in [*pairs, (self.teacher_prototypes, self.prototypes)]:
+                target.mul_(m).add_(source, alpha=1 - m)
+        images = torch.cat([x1, x2])
+
+        def logits(encoder: nn.Module, weight: Tensor) -> tuple[Tensor, ...]:
+            return (F.normalize(encoder(images), dim=1) @ F.normalize(weight, dim=1).t()).chunk(2)
+
+        s1, s2 = logits(self.student, self.prototypes)
+        with torch.no_grad():
+            t1, t2 = logits(self.teacher, self.teacher_prototypes)
+
+        def cross_entropy(t: Tensor, s: Tensor) -> Tensor:
+            p = F.softmax((t - self.center) / self.teacher_T, dim=1)
+            return -(p * F.log_softmax(s / self.student_T, dim=1)).sum(1).mean()
+
+        loss = (cross_entropy(t1, s2) + cross_entropy(t2, s1)) / 2
+        mean = torch.cat([t1, t2]).mean(0)
+        self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
+        return loss

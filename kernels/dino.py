@@ -138,7 +138,9 @@ def sweep(
     """Attention of a model's rows, in parts; ``tiles`` in place of the tables' entry."""
     (rows, width), columns, device = x.high.shape, len(y.high), x.high.device
     split, tma, block_c = x.low is not x.high, has_tma(device), padded_features(features)
-    block_m, block_n, warps, stages, per_sm = tiles or tiles_for("split rows" if split else "rows", block_c, tma)
+    block_m, block_n, warps, stages, per_sm = tiles or tiles_for(
+        "split rows" if split else "rows", block_c, tma
+    )
     blocks, steps = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     shares = shares_of(rows, features if mean else 1, blocks, steps, per_sm * multiprocessors(device))
     tiles_per_share = triton.cdiv(steps, shares)

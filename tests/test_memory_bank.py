@@ -21,7 +21,9 @@ def build(loss="info_nce", **options):
 
 
 def eager(model):
-    found = EagerMemoryBank(methods.Net, COUNT, 16, K, 0.2, 0.5, model.objective).to(model.bank.dtype)
+    found = EagerMemoryBank(methods.Net, COUNT, 16, K, 0.2, 0.5, model.objective)
+    if model.bank.dtype == torch.float64:
+        found.double()
     found.load_state_dict(model.state_dict())
     return found
 
@@ -135,7 +137,8 @@ def test_nce_in_blocks(monkeypatch, spread, temperature):
         loss.mean().backward()
     assert Sizes.largest <= 40 * 32
     torch.testing.assert_close(loss.detach().double(), want, rtol=1e-5, atol=0)
-    assert (f.grad.double() - gradient).norm() <= 2 * eager_error + 1e-6 * gradient.norm()
+    # Logits of 1 / T are rounded by 6e-8 / T; clustered, the terms of the gradient cancel.
+    assert (f.grad.double() - gradient).norm() <= 2 * eager_error + 2e-6 / temperature * gradient.norm()
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import distributed
+from moco_fast.models.dino import DINO
 from moco_fast.models.end_to_end import EndToEnd
 from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.simclr import SimCLR
 
-BATCH, STEPS, COUNT = 12, 20, 30
+BATCH, STEPS, COUNT = 12, 8, 30
 Plain = partial(methods.Net, norm=False)
 
 MODELS = {
     "end-to-end": partial(EndToEnd, Plain, 16, 0.2, True),
     "simclr": partial(SimCLR, Plain, 16, 0.2),
+    "dino": partial(DINO, Plain, 12, 70, 20),
     "memory bank": partial(MemoryBank, Plain, COUNT, 16, 20, 0.2),
     "memory bank, nce": partial(MemoryBank, Plain, COUNT, 16, 20, 0.2, loss="nce"),
 }
@@ -28,7 +30,7 @@ def batches(name, part=slice(None)):
     generator = torch.Generator().manual_seed(9)
     for x1, x2 in methods.views(STEPS, BATCH):
         second = torch.randint(COUNT, (BATCH,), generator=generator) if "bank" in name else x2
-        yield x1[part], second[part]
+        yield x1[part], second[part], *([0.9] if name == "dino" else [])
 
 
 def rank_training(rank, name):
@@ -60,15 +62,15 @@ def test_ranks_equal_one_process(tmp_path, name):
 def rank_disagreeing(rank, name):
     torch.manual_seed(3)
     model = MODELS[name]()
-    x1, second = next(batches(name, slice(4 + rank)))
+    x1, second, *rest = next(batches(name, slice(4 + rank)))
     with pytest.raises(distributed.Disagreement, match="must be the same on every rank"):
-        model(x1, second)
+        model(x1, second, *rest)
     with pytest.raises(distributed.Disagreement, match=r"rank 1: .* must be a"):
-        model(x1[:4] if rank == 0 else "x1", second[:4])
+        model(x1[:4] if rank == 0 else "x1", second[:4], *rest)
     model.eval()
-    assert torch.isfinite(model(x1, second))  # nothing is exchanged
+    assert torch.isfinite(model(x1, second, *rest))  # nothing is exchanged
 
 
-@pytest.mark.parametrize("name", ["simclr", "end-to-end", "memory bank"])
+@pytest.mark.parametrize("name", ["simclr", "end-to-end", "dino", "memory bank"])
 def test_ranks_that_disagree_fail_alike(tmp_path, name):
     ranks.run(2, rank_disagreeing, name, folder=tmp_path)

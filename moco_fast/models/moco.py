@@ -66,7 +66,7 @@ class MoCo(Method, KeyQueue):
     ENCODER = "encoder_q"
 
     # DDP would otherwise broadcast the queue, 33 MB, in every forward.
-    _ddp_params_and_buffers_to_ignore = ("queue", "queue_ptr")
+    _ddp_params_and_buffers_to_ignore: tuple[str, ...] = ("queue", "queue_ptr")
 
     def __init__(
         self,
@@ -238,7 +238,12 @@ class MoCo(Method, KeyQueue):
         self._accumulation_steps = count
 
     def _encode(
-        self, im_q: Tensor, im_k: Tensor, return_loss: bool, return_stats: bool
+        self,
+        im_q: Tensor,
+        im_k: Tensor,
+        return_loss: bool,
+        return_stats: bool,
+        further: Callable[[], dict[str, object]] = dict,  # checks and facts of a subclass
     ) -> tuple[Tensor, Tensor, Callable[[], None]]:
         """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks.
 
@@ -249,7 +254,7 @@ class MoCo(Method, KeyQueue):
         shuffles = self.shuffle_bn and parts > 1 and sees_neighbours(self.encoder_k)
         steps.agree(
             self,
-            lambda: moco_checks.step(self, im_q, im_k, return_loss, return_stats, shuffles),
+            lambda: moco_checks.step(self, im_q, im_k, return_loss, return_stats, shuffles) | further(),
             getattr(im_k, "device", None),
         )
         directions = [(im_q, im_k), (im_k, im_q)][: 2 if self.symmetric else 1]

@@ -53,7 +53,7 @@ class SimSiam(Method):
         checks.count("pred_dim", pred_dim)
         self.stop_gradient = stop_gradient
         encoder, self.head = steps.build_encoder(base_encoder, dim)
-        width = encoder.get_submodule(self.head).in_features
+        width: Any = encoder.get_submodule(self.head).in_features
         heads.replace(encoder, self.head, heads.mlp([width, dim, dim, dim], last_norm=True))
         self.encoder = encoder
         self.predictor = heads.mlp([dim, pred_dim, dim], last_norm=False)
