@@ -47,31 +47,50 @@ from moco_fast.kernels.common import (
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (what a program holds, padded C); "split" is
 # precision "highest". Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another
-# (tests/test_aot.py).
+# (tests/test_aot.py). Only the widest spill whatever the tiles: prototypes of 512 features, split ones of 256, and
+# all that is split of 512.
 TILES = {
-    ("rows", 32): (128, 64, 8, 3, 2),
-    ("rows", 64): (128, 64, 8, 3, 2),
+    ("rows", 32): (128, 64, 8, 4, 2),
+    ("rows", 64): (128, 64, 8, 3, 1),
     ("rows", 128): (128, 64, 8, 3, 1),
     ("rows", 256): (64, 64, 8, 2, 1),
     ("rows", 512): (64, 16, 8, 2, 1),
-    ("prototypes", 32): (128, 64, 8, 3, 2),
+    ("prototypes", 32): (128, 64, 8, 3, 1),
     ("prototypes", 64): (128, 32, 8, 3, 2),
     ("prototypes", 128): (128, 32, 8, 3, 1),
-    ("prototypes", 256): (64, 32, 8, 2, 1),
+    ("prototypes", 256): (128, 32, 8, 2, 1),
     ("prototypes", 512): (64, 16, 8, 2, 1),
     ("split rows", 32): (128, 64, 8, 3, 1),
     ("split rows", 64): (128, 64, 8, 2, 1),
-    ("split rows", 128): (128, 32, 8, 2, 1),
-    ("split rows", 256): (64, 16, 8, 2, 1),
+    ("split rows", 128): (128, 64, 8, 2, 1),
+    ("split rows", 256): (64, 32, 4, 2, 1),
     ("split rows", 512): (16, 16, 8, 2, 1),
     ("split prototypes", 32): (128, 64, 8, 3, 1),
     ("split prototypes", 64): (128, 32, 8, 3, 1),
-    ("split prototypes", 128): (64, 32, 8, 2, 1),
-    ("split prototypes", 256): (64, 16, 8, 2, 1),
+    ("split prototypes", 128): (128, 32, 8, 2, 1),
+    ("split prototypes", 256): (64, 16, 4, 2, 1),
     ("split prototypes", 512): (16, 16, 8, 2, 1),
 }
 # Before sm_90 the operands of every product pass through registers, and some GPUs have 99 KB for all tiles.
-OLDER_TILES: dict[tuple[str, int], tuple[int, int, int, int, int]] = {}
+OLDER_TILES = {
+    ("rows", 32): (128, 64, 8, 3, 1),
+    ("rows", 64): (128, 64, 8, 3, 1),
+    ("rows", 128): (128, 64, 8, 2, 1),
+    ("rows", 256): (64, 32, 8, 2, 1),
+    ("rows", 512): (16, 16, 8, 2, 1),
+    ("prototypes", 64): (128, 32, 8, 3, 1),
+    ("prototypes", 128): (64, 32, 8, 2, 1),
+    ("prototypes", 256): (64, 16, 8, 2, 1),
+    ("prototypes", 512): (16, 16, 8, 2, 1),
+    ("split rows", 64): (128, 32, 8, 3, 1),
+    ("split rows", 128): (64, 32, 8, 2, 1),
+    ("split rows", 256): (32, 16, 8, 2, 1),
+    ("split rows", 512): (16, 16, 8, 1, 1),
+    ("split prototypes", 32): (128, 32, 8, 3, 1),
+    ("split prototypes", 64): (64, 32, 8, 2, 1),
+    ("split prototypes", 128): (32, 16, 8, 2, 1),
+    ("split prototypes", 256): (16, 16, 8, 2, 1),
+}
 
 # Exponentials and weights are operands too, scaled by a power of two so that fp16 does not lose the small ones:
 # before that they are up to 1 in magnitude.

@@ -104,6 +104,7 @@ def _(student, teacher, prototypes, teacher_prototypes, center, t_s, t_t, precis
 
 def _save(ctx, inputs, output):
     ctx.need_ds, ctx.need_dw = inputs[8:]
+    ctx.set_materialize_grads(False)  # else autograd fills gradients to ds and dw, 64 MB, with zeros
     ctx.save_for_backward(inputs[0], inputs[2], *output[1:])
 
 
