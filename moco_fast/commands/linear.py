@@ -77,6 +77,8 @@ class Linear:
         )
         if len(self.protocol.lr) > 1:
             console.print(sweep_table(own))
+            if own.best.lr in (min(self.protocol.lr), max(self.protocol.lr)):
+                console.print(f"lr {own.best.lr:g} is at the end of the range: one beyond may do better.")
         console.print(linear_table(results))
         folder = self.out or _beside(self.checkpoint) / f"linear-{Path(dataset.name).name}"
         folder.mkdir(parents=True, exist_ok=True)

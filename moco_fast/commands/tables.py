@@ -15,7 +15,7 @@ def accuracy_table(accuracy: dict[str, float], k: int) -> Table:
 
 
 def knn_table(accuracy: dict[str, tuple[float, float]], k: int, weighted: bool) -> Table:
-    title = f"{k} nearest neighbours" + (", weighted" if weighted else "")
+    title = f"{k} nearest neighbour{'s' if k > 1 else ''}" + (", weighted" if weighted else "")
     table = Table("features", "kNN accuracy", "over random init", "one of 5 right", title=title)
     for name, (first, five) in accuracy.items():
         over = 100 * (first - accuracy["random init"][0])

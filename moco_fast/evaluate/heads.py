@@ -49,7 +49,7 @@ class Heads:
         self.classes, self.count = classes, len(lr)
         self.weight = one.repeat(len(lr), 1)  # (L * C, F + 1)
         self._velocity = torch.zeros_like(self.weight)
-        self._lr = torch.tensor(lr).to(like).repeat_interleave(classes)[:, None]
+        self._lr = torch.tensor(lr, dtype=torch.float64).to(like).repeat_interleave(classes)[:, None]
         self._weight_decay, self._momentum = weight_decay, momentum
         self._logits, self._p = like.new_empty(0), like.new_empty(0)
 

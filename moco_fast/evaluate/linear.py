@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from moco_fast.evaluate.heads import Heads
 from moco_fast.evaluate.knn import TOP
 
 HELD_OUT = 10  # one in so many training images of every class chooses the learning rate
+SMALL = 1 << 22  # multiplications of a matrix product that threads take longer to share than to compute
 CROP_SCALE = (0.08, 1.0)  # of random resized crops, as for supervised training on ImageNet
 
 # (batch of features (B, F), their labels (B,), their rows among the training images (B,)) of an epoch
@@ -45,7 +47,7 @@ class LinearConfig:
 
     epochs: int = 100
     """Passes over the training images."""
-    lr: tuple[float, ...] = (0.1, 1.0, 10.0, 30.0, 100.0)
+    lr: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 30.0)
     """Learning rates, a classifier each; they are trained side by side."""
     batch_size: int = 256
     """Images per step."""
@@ -222,13 +224,15 @@ def train_heads(
     cached = batches is None
     if batches is None:
         batches = cached_batches(scaler(train), labels, config)
-    for epoch in range(config.epochs):
-        factor = config.factor(epoch)
-        for x, y, rows in batches(epoch):
-            share = seen[:, rows]
-            share /= share.sum(1, keepdim=True).clamp(min=1)
-            heads.step(x if cached else scaler(x), y, share, factor)
-        on_epoch(epoch + 1)
+    alone = cached and train.device.type == "cpu" and heads.weight.numel() * config.batch_size < SMALL
+    with _one_thread() if alone else nullcontext():
+        for epoch in range(config.epochs):
+            factor = config.factor(epoch)
+            for x, y, rows in batches(epoch):
+                share = seen[:, rows]
+                share /= share.sum(1, keepdim=True).clamp(min=1)
+                heads.step(x if cached else scaler(x), y, share, factor)
+            on_epoch(epoch + 1)
 
     # what came of it
     finite = heads.weight.view(heads.count, -1).isfinite().all(1).tolist()
@@ -333,6 +337,16 @@ def hold_out(
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[order[by_class]] = position < quota[shuffled[by_class]]
     return mask.to(labels.device), tuple((counts == 1).nonzero().flatten().tolist())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _order(count: int, *key: int) -> Tensor:
