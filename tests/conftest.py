@@ -90,6 +90,20 @@ def device(place):
     return place[1]
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved."""
+    kind = pytest.importorskip("matplotlib.figure").Figure
+    saved, save = [], kind.savefig
+
+    def keep(figure, *arguments, **options):
+        saved.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(kind, "savefig", keep)
+    return saved
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test starts from one seed, and hands on the number of threads it found."""

@@ -6,24 +6,11 @@ import math
 import pytest
 import torch
 
-from moco_fast.evaluate import pictures
 from moco_fast.evaluate.pictures import plot_curves, plot_neighbours
+from moco_fast.evaluate.pictures.figure import GREEN, RED
 
 matplotlib = pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Every figure that was saved."""
-    saved, save = [], pictures._save
-
-    def keep(figure, path):
-        saved.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(pictures, "_save", keep)
-    return saved
 
 
 def full_record(step: int) -> dict:
@@ -80,6 +67,8 @@ def test_running_mean_is_centred(tmp_path, figures):
         ([{"step": 0, "loss": 1.0}], ["Contrastive loss"]),
         ([{"step": 0, "neg_sim": 0.5}, {"step": 1, "neg_sim": 0.4}], ["Cosine similarity"]),
         ([{"step": 5, "knn": 0.5}], ["kNN accuracy, %"]),
+        ([{"step": 0, "train_loss": 2.0}, {"step": 1, "test_loss": 1.0}], ["Cross-entropy"]),
+        ([{"step": 0, "test_acc1": 0.5, "test_acc5": 0.9}], ["Test accuracy, %"]),
         ([{"step": 0, "lr": 0.0}, {"step": 1, "lr": 0.0}], ["Learning rate"]),
         ([{"step": 0, "images_per_s": 3.0, "loss": None}], ["Images per second"]),
         ([{"step": 0, "loss": 1.0}, {"step": 1, "loss": math.nan}, {"knn": 0.5}], ["Contrastive loss"]),
@@ -111,7 +100,7 @@ def test_gallery_frames(channels, tmp_path, figures):
     arguments = (torch.tensor([0, 1]), torch.tensor([[0, 1, 0], [1, 1, 0]]), ("cat", "dog"))
     plot_neighbours(queries, neighbours, *arguments, tmp_path / "g.png", torch.full((2, 3), 0.5))
     to_rgba = matplotlib.colors.to_rgba
-    green, red = to_rgba(pictures.GREEN), to_rgba(pictures.RED)
+    green, red = to_rgba(GREEN), to_rgba(RED)
     assert frame_colours(figures[0]) == [None, green, red, green, None, green, green, red]
     shown = figures[0].axes[1].images[0].get_array()
     expected = neighbours[0, 0, 0] if channels == 1 else neighbours[0, 0].permute(1, 2, 0)

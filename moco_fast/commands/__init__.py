@@ -9,8 +9,11 @@ from typing import Annotated, Union
 import tyro
 
 from moco_fast.commands.doctor import Doctor
+from moco_fast.commands.finetune import Finetune
+from moco_fast.commands.finetune import defaults as finetune_defaults
 from moco_fast.commands.knn import Knn
 from moco_fast.commands.linear import Linear
+from moco_fast.commands.map import Map
 from moco_fast.commands.presets import Presets
 from moco_fast.commands.pretrain import Pretrain, defaults
 from moco_fast.commands.study import Study
@@ -37,6 +40,9 @@ examples:
   moco-fast linear runs/NAME                      accuracy of linear classifiers on frozen features
   moco-fast linear moco_v2_800ep_pretrain.pth.tar --data imagenet/ --augment True --lr 30
                                                   by MoCo's protocol to the letter
+  moco-fast finetune runs/NAME --labels-fraction 0.1
+                                                  train all its weights on a tenth of the labels
+  moco-fast map runs/NAME                         draw what its features find alike
   moco-fast study momentum                        a question answered by a sweep: table and figure
   moco-fast doctor                                what is installed, built and found
 """
@@ -52,6 +58,11 @@ def run(argv: Sequence[str]) -> int:
                 Annotated[Knn, tyro.conf.subcommand("knn")],
                 Annotated[Linear, tyro.conf.subcommand("linear")],
                 Annotated[Study, tyro.conf.subcommand("study")],
+                Annotated[
+                    Finetune,
+                    tyro.conf.subcommand("finetune", default=Finetune(config=finetune_defaults(argv))),
+                ],
+                Annotated[Map, tyro.conf.subcommand("map")],
                 Annotated[Doctor, tyro.conf.subcommand("doctor")],
             ],  # type: ignore[arg-type]
             prog="moco-fast",

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
+from moco_fast.commands.arguments import value_of
 from moco_fast.commands.tables import accuracy_table
+from moco_fast.data.datasets import absolute
 from moco_fast.distributed import from_rank_0, rank
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.config import PretrainConfig
@@ -49,11 +51,7 @@ class Pretrain:
             raise ValueError(
                 f"out must be left out with --resume, which goes on in its own folder; got {self.out}"
             )
-        config = self.config
-        folder = Path(config.data).expanduser()
-        if preset_for(config.data) == "folder" and folder.is_dir():
-            # Absolute, for a resumed run may start in another directory.
-            config = replace(config, data=str(folder.resolve()))
+        config = replace(self.config, data=absolute(self.config.data))
         if may_restart() and not (self.resume or self.out):
             raise ValueError(
                 "out must be given where torchrun may restart a run, so that it finds its checkpoint"
@@ -80,20 +78,10 @@ def defaults(argv: Sequence[str]) -> PretrainConfig:
     """The config that other options override: that of --resume, of --preset, or of what suits --data."""
     if argv[:1] != ["pretrain"]:
         return PretrainConfig()
-    if resume := _value_of("--resume", argv):
+    if resume := value_of("--resume", argv):
         return PretrainConfig.from_dict(checkpoints.read(resume)["moco_fast"]["config"])
-    preset = _value_of("--preset", argv) or preset_for(_value_of("--data", argv) or "fashion-mnist")
+    preset = value_of("--preset", argv) or preset_for(value_of("--data", argv) or "fashion-mnist")
     # The parser refuses a wrong name, and lists the right ones.
     config = PRESETS[preset].config if preset in PRESETS else PretrainConfig()
-    method = _value_of("--method", argv)
+    method = value_of("--method", argv)
     return config.with_method(method) if method in METHODS else config
-
-
-def _value_of(option: str, argv: Sequence[str]) -> str | None:
-    """Value of an option given as ``--option value`` or ``--option=value``."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        if argument == option:
-            return following
-        if argument.startswith(option + "="):
-            return argument.partition("=")[2]
-    return None

@@ -12,7 +12,14 @@ from moco_fast.data.folder import load_folder
 from moco_fast.data.images import Dataset, ImageSet, Log, MemoryImages
 from moco_fast.extras import extra
 
+NAMES = ("fashion-mnist", "digits", *cifar.NAMES)
 DIGITS_TEST = 360  # of 1,797: one fifth
+
+
+def absolute(name_or_dir: str) -> str:
+    """A directory as an absolute path, for runs that are resumed elsewhere; anything else as it is."""
+    folder = Path(name_or_dir).expanduser()
+    return str(folder.resolve()) if name_or_dir not in NAMES and folder.is_dir() else name_or_dir
 
 
 def load_dataset(
@@ -50,7 +57,7 @@ def load_dataset(
         return _fashion_mnist(download, log)
     if name_or_dir in cifar.NAMES:
         return cifar.load(str(name_or_dir), download, log)
-    return load_folder(Path(name_or_dir).expanduser(), canvas, log, ("fashion-mnist", "digits", *cifar.NAMES))
+    return load_folder(Path(name_or_dir).expanduser(), canvas, log, known_names=NAMES)
 
 
 def _fashion_mnist(download: bool, log: Log) -> Dataset:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moco_fast import distributed
 from moco_fast.models.backbones import VITS
+from moco_fast.models.dino import DINO
 from moco_fast.models.end_to_end import EndToEnd
 from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.method import Method
@@ -21,6 +22,7 @@ from moco_fast.models.moco import MoCo
 from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT, momentum_at
 from moco_fast.models.simclr import SimCLR
 from moco_fast.models.simsiam import SimSiam
+from moco_fast.models.sup_moco import SupMoCo
 
 Stats = dict[str, Tensor]
 BaseEncoder = Callable[..., nn.Module]
@@ -69,7 +71,7 @@ class Row:
 
 
 def _moco(
-    encoder: BaseEncoder, config: Config, facts: Facts, *, kind: type[MoCo] = MoCo, **options: Any
+    encoder: BaseEncoder, config: Config, facts: Facts, *, kind: Callable[..., MoCo] = MoCo, **options: Any
 ) -> MoCo:
     model = kind(
         encoder, config.dim, config.queue_size, config.momentum, config.temperature,
@@ -84,6 +86,14 @@ def _moco_step(model: nn.Module, views: Views, config: Config, progress: float) 
     loss, stats = model(views.first, views.second, return_loss=True, return_stats=True)
     hits = (stats.rank == 0).float().mean()
     return loss, {"pos_sim": stats.pos.mean(), "neg_sim": stats.neg.mean(), "acc1": hits}
+
+
+def _sup_moco(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return _moco(encoder, config, facts, kind=SupMoCo, mlp=True, classes=facts.classes)
+
+
+def _sup_moco_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
+    return model(views.first, views.second, views.labels, return_stats=True)
 
 
 def _moco_v3(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
@@ -111,9 +121,7 @@ def _memory_bank(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
     )  # fmt: skip
 
 
-def _memory_bank_step(
-    model: nn.Module, views: Views, config: Config, progress: float
-) -> tuple[Tensor, Stats]:
+def _memory_bank_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
     return model(views.first, views.indices, return_stats=True)
 
 
@@ -123,6 +131,17 @@ def _simclr(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
 
 def _simsiam(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
     return SimSiam(encoder, config.dim, config.pred_dim, config.stop_gradient)
+
+
+def _dino(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return DINO(
+        encoder, config.dim, config.prototypes, config.mlp_dim, config.temperature, config.teacher_temperature
+    )
+
+
+def _dino_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
+    m = momentum_at(progress, config.momentum)
+    return model(views.first, views.second, m, return_stats=True)
 
 
 def _positive_and_queue(config: Config) -> int:
@@ -162,6 +181,15 @@ METHODS: dict[str, Row] = {
         {"momentum": 0.99, "temperature": 0.2, "mlp_dim": 512, "freeze_patch": False},
         in_batch=True,
     ),
+    "sup-moco": Row(
+        "MoCo v2 whose positives are all keys of the same class; Khosla et al. 2020",
+        _sup_moco,
+        _sup_moco_step,
+        _QUEUE,
+        chance=_positive_and_queue,
+        keys_per_image=lambda config: 1,
+        needs_labels=True,
+    ),
     "end-to-end": Row(
         "keys of the batch, with gradient to them; He et al. 2020, figure 2a",
         _end_to_end,
@@ -191,5 +219,15 @@ METHODS: dict[str, Row] = {
         _two_views,
         {"pred_dim": 128, "stop_gradient": True},
         {"dim": 512},
+    ),
+    "dino": Row(
+        "a teacher's assignment to prototypes, centred and sharpened; Caron et al. 2021",
+        _dino,
+        _dino_step,
+        {
+            "momentum": 0.99, "temperature": 0.1, "teacher_temperature": 0.04, "mlp_dim": 512,
+            "prototypes": 4096,
+        },
+        chance=lambda config: config.prototypes,
     ),
 }  # fmt: skip

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from moco_fast import checks
+from moco_fast.data.datasets import load_dataset
+from moco_fast.data.images import Dataset, Log
 from moco_fast.models.backbones import backbone as backbone_named
 from moco_fast.models.heads import HEAD_NAMES, head_path
 from moco_fast.train import checkpoint as checkpoints
@@ -112,6 +114,25 @@ def load_pretrained(
         network, width, arch, facts["method"], size, facts["mean"], facts["std"], facts["channels"],
         facts["canvas"], facts["data"], lambda: build()[0], head, facts["first_width"],
     )  # fmt: skip
+
+
+def dataset_for(pretrained: Pretrained, data: str | None, log: Log) -> Dataset:
+    """Load a dataset that a backbone can be shown, by default the one it was trained on.
+
+    Raises:
+        FileNotFoundError: no such dataset.
+        ValueError: neither ``data`` nor the checkpoint names one, or it has more channels than the backbone.
+    """
+    name = data or pretrained.data
+    if name is None:
+        raise ValueError("data must be given: the checkpoint does not say what it was trained on")
+    dataset = load_dataset(name, canvas=round(pretrained.image_size * pretrained.canvas), log=log)
+    if dataset.channels > pretrained.channels:
+        raise ValueError(
+            f"data {dataset.name!r} has {dataset.channels} channels, "
+            f"the checkpoint's encoder takes {pretrained.channels}"
+        )
+    return dataset
 
 
 def _encoder(

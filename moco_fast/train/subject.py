@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moco_fast.data.datasets import load_dataset
 from moco_fast.data.images import Dataset
 from moco_fast.evaluate.features import View, labels_missing
 from moco_fast.train.build import choose_device
-from moco_fast.train.pretrained import Pretrained, load_pretrained
+from moco_fast.train.pretrained import Pretrained, dataset_for, load_pretrained
 from moco_fast.train.processes import first_on_machine
 
 TRAINED, RANDOM, PIXELS = "trained", "random init", "raw pixels"
@@ -61,16 +60,7 @@ def load_subject(
     """
     place = choose_device(device)
     pretrained = load_pretrained(checkpoint, arch=arch, image_size=image_size)
-    name = data or pretrained.data
-    if name is None:
-        raise ValueError(f"data must be given: {checkpoint} does not say what it was trained on")
-    canvas = round(pretrained.image_size * pretrained.canvas)
-    dataset = first_on_machine(lambda: load_dataset(name, canvas=canvas, log=log))
-    if dataset.channels > pretrained.channels:
-        raise ValueError(
-            f"data {dataset.name!r} has {dataset.channels} channels, "
-            f"the checkpoint's encoder takes {pretrained.channels}"
-        )
+    dataset = first_on_machine(lambda: dataset_for(pretrained, data, log))
     if reason := labels_missing(dataset):
         raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
     pretrained.backbone.to(place)

@@ -1,0 +1,353 @@
+"""Fine-tuning: supervised training of all weights of a pretrained backbone, from a checkpoint to a table.
+
+Tests: tests/test_finetune.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco_fast._version import __version__
+from moco_fast.data.augment import random_view
+from moco_fast.data.fraction import labelled_fraction
+from moco_fast.data.images import ImageSet
+from moco_fast.data.loader import BatchLoader
+from moco_fast.distributed import average_, check_agreement, from_all, largest, rank, world_size
+from moco_fast.evaluate.features import View, all_features, labels_missing
+from moco_fast.evaluate.pictures import plot_confusion, plot_curves
+from moco_fast.evaluate.scores import accuracy_at, confusion
+from moco_fast.extras import extra
+from moco_fast.models.classifier import Classifier
+from moco_fast.norm import average_statistics_
+from moco_fast.optim import SGD, AdamW
+from moco_fast.train import checkpoint as checkpoints
+from moco_fast.train.build import choose_device, data_parallel
+from moco_fast.train.display import Display
+from moco_fast.train.finetune_config import FinetuneConfig
+from moco_fast.train.interrupt import StopRequest
+from moco_fast.train.layers import parameter_groups
+from moco_fast.train.loop import NonFiniteLossError, explain_not_finite, refuse_to_overwrite
+from moco_fast.train.pretrained import dataset_for, load_pretrained
+from moco_fast.train.processes import first_on_machine, joined, on_rank_0
+from moco_fast.train.record import METRICS_FILE, Recorder
+from moco_fast.train.schedule import cosine
+
+SGD_MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a classifier does on the test images.
+
+    Attributes:
+        loss: cross-entropy.
+        acc1: share of images whose class has the highest logit.
+        acc5: share of images whose class is among the five highest; 1 with up to five classes.
+        confusion: images by true and predicted class, (C, C).
+    """
+
+    loss: float
+    acc1: float
+    acc5: float
+    confusion: Tensor
+
+
+@dataclass(frozen=True)
+class FinetuneOutcome:
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    interrupted: signal.Signals | None
+    images: int
+    """Images that it trained on."""
+    scores: Scores | None
+    """Of the end; None if the run was interrupted."""
+
+
+def finetune(
+    config: FinetuneConfig,
+    out: Path,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    console: Any = None,
+) -> FinetuneOutcome:
+    """Train a pretrained backbone and a fresh linear layer on labelled images.
+
+    Every process that torchrun started calls this with the same arguments; ``config.batch_size`` is shared
+    out among them. Weights are those of the last step: test images choose nothing.
+
+    The folder gets ``checkpoint.pth`` (which :func:`moco_fast.train.pretrained.load_pretrained` reads),
+    ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``curves.png`` and ``confusion.png``.
+
+    Args:
+        config: the recipe.
+        out: run folder.
+        checkpoint: what to start from: run folder, checkpoint.pth or an official MoCo file.
+        resume: continue from the checkpoint in ``out`` instead; losses are then those of an unbroken run, bit
+            for bit (on a CPU with the same number of threads and processes).
+        console: a rich Console; default: standard output. Only rank 0 writes to it.
+
+    Raises:
+        FileExistsError: ``out`` is not empty and ``resume`` is False.
+        CheckpointError: a checkpoint that cannot be used.
+        ValueError: images without labels, or that do not suit the backbone.
+        NonFiniteLossError: the loss or the weights are not finite any more.
+        Disagreement: the processes were given different arguments.
+        PeerFailedError: another process died or failed.
+    """
+    if resume == (checkpoint is not None):
+        raise ValueError(f"give either a checkpoint to start from or resume, got {checkpoint!r} and {resume}")
+    with joined(config.device):
+        return _finetune(config, out, checkpoint, console or extra("rich.console").Console())
+
+
+def _finetune(
+    config: FinetuneConfig, out: Path, checkpoint: str | os.PathLike[str] | None, console: Any
+) -> FinetuneOutcome:
+    everywhere = console
+    if rank() > 0:
+        console = extra("rich.console").Console(quiet=True)
+    check_agreement({"the config": config.to_dict(), "out": str(out), "checkpoint": str(checkpoint)})
+    saved = None
+    if checkpoint is None:
+        saved = checkpoints.read(out)
+        if "finetune" not in saved["moco_fast"]:
+            raise checkpoints.CheckpointError(
+                f"{out} is no fine-tuning run: to start one from it leave --resume out"
+            )
+    else:
+        on_rank_0(lambda: refuse_to_overwrite(out))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+
+    # data
+    start = load_pretrained(checkpoint or out, arch=config.arch, image_size=config.image_size)
+    dataset = first_on_machine(lambda: dataset_for(start, config.data, console.print))
+    if reason := labels_missing(dataset):
+        raise ValueError(f"data {dataset.name!r} cannot be learned: {reason}")
+    assert dataset.train.labels is not None and dataset.test is not None
+    train = dataset.train
+    if config.labels_fraction < 1:
+        train = train.subset(labelled_fraction(dataset.train.labels, config.labels_fraction, config.seed))
+    assert train.labels is not None
+    labels, classes = train.labels, len(dataset.class_names)
+    config = _fit_to(len(train), config, console)
+    counts = len(train), len(dataset.test), dataset.class_names, start.channels, start.mean, start.std
+    check_agreement({"the dataset": (dataset.name, *counts)})
+    loader = BatchLoader(
+        train, config.batch_size // world_size(), config.seed, config.workers, rank=rank(),
+        world_size=world_size(), pin_memory=device.type == "cuda", log=everywhere.print,
+    )  # fmt: skip
+    view = View(start.image_size, start.mean, start.std, device, config.workers)
+    augment = config.augment(start.image_size)
+    randomness = torch.Generator(device).manual_seed(config.seed)
+
+    # model
+    torch.manual_seed(config.seed)
+    backbone = start.fresh() if config.from_scratch and saved is None else start.backbone
+    model = Classifier(backbone, start.head, start.width, classes)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
+    groups = parameter_groups(model, config.decay, config.layer_decay)
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":
+        optimizer = AdamW(groups, config.peak_lr)
+    else:
+        optimizer = SGD(groups, config.peak_lr, momentum=SGD_MOMENTUM)
+    step = 0
+    if saved is not None:
+        checkpoints.load_model(model, saved)
+        now = [(group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved["optimizer"])
+        for group, (scale, decay) in zip(optimizer.param_groups, now, strict=True):
+            group.update(lr_scale=scale, weight_decay=decay)  # the config may have been overridden
+        extras = saved["moco_fast"]
+        randomness.set_state(extras["views"])
+        checkpoints.set_random_state(extras["random"][rank() % len(extras["random"])])
+        step = extras["step"]
+    replica = data_parallel(model, device)
+
+    steps_per_epoch = len(loader)
+    total = config.epochs * steps_per_epoch
+    on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
+    begin = saved["moco_fast"]["start"] if saved else str(checkpoint)
+    description = config.to_dict() | {"start": begin, "dataset": dataset.note}
+    on_rank_0(lambda: (out / "config.json").write_text(json.dumps(description, indent=2) + "\n"))
+    where = f"{world_size()} processes, {device.type}" if world_size() > 1 else str(device)
+    if saved:
+        method = saved["moco_fast"]["config"]["method"]
+    else:
+        method = "supervised" if config.from_scratch else f"{start.method}, fine-tuned"
+    console.print(
+        f"{dataset.name}: {len(train):,} images of {classes} classes ({dataset.note}). {start.arch}, {method}, "
+        f"on {where}, {total - step:,} steps of {config.batch_size}. Run folder: {out}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+    def save() -> None:
+        try:
+            checkpoints.check_finite(model)
+        except ValueError as error:
+            raise NonFiniteLossError(explain_not_finite(step, f"weights: {error}", out)) from error
+        average_statistics_(model)
+        random = from_all(checkpoints.random_state())
+        state = {
+            "epoch": step // steps_per_epoch,
+            "arch": start.arch,
+            "state_dict": checkpoints.model_state(model),
+            "optimizer": optimizer.state_dict(),
+            "moco_fast": {
+                "version": __version__,
+                "step": step,
+                # as in a checkpoint of pretraining, whose reader serves for both
+                "config": {
+                    "method": method,
+                    "augment": {"image_size": start.image_size},
+                    "width": start.first_width,
+                    "dim": classes,
+                    "seed": config.seed,
+                    "canvas": start.canvas,
+                    "data": config.data or start.data,
+                },
+                "channels": start.channels,
+                "mean": list(start.mean),
+                "std": list(start.std),
+                "finetune": config.to_dict(),
+                "start": begin,
+                "class_names": list(dataset.class_names),
+                "views": randomness.get_state(),
+                "random": random,
+            },
+        }
+        on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
+
+    recorder = Recorder(out if rank() == 0 else None, step)
+    pending: list[Tensor] = []  # losses of steps since the last record, still on the device
+    began, waited = time.monotonic(), 0.0
+
+    def record() -> None:
+        """Fetch the losses of the steps since the last record: the only wait for the device."""
+        nonlocal began, waited
+        if not pending:
+            return
+        losses = torch.stack(pending)
+        average_(losses)
+        losses = losses.cpu()
+        first = step - len(pending) + 1
+        pending.clear()
+        if not torch.isfinite(losses).all():
+            bad = int((~torch.isfinite(losses)).nonzero()[0])
+            raise NonFiniteLossError(explain_not_finite(first + bad, f"loss: {losses[bad].item()}", out))
+        now = time.monotonic()
+        values = {
+            "epoch": step / steps_per_epoch,
+            "train_loss": losses.mean().item(),
+            "lr": rate,
+            "images_per_s": len(losses) * config.batch_size / (now - began),
+            "data_wait": (loader.wait_seconds - waited) / (now - began),
+        }
+        recorder.write(step, **values)
+        display.metrics(step, values | {"loss": values["train_loss"]})
+        began, waited = now, loader.wait_seconds
+
+    scores, stopped, rate = None, 0, 0.0
+    chance = math.log(classes)
+    with StopRequest() as stop, Display(console, total, step, chance, "fine-tuning") as display:
+        try:
+            model.train()
+            while step < total and not stopped:
+                epoch, skipped = divmod(step, steps_per_epoch)
+                for read in loader.batches(epoch, skipped):
+                    rate = cosine(config.peak_lr, config.epochs, config.warmup_epochs, step, steps_per_epoch)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * group["lr_scale"]
+                    images = read.images.to(device, non_blocking=True).expand(-1, start.channels, -1, -1)
+                    aspect = None if read.aspect is None else read.aspect.to(device)
+                    part = (rank(), world_size())
+                    seen = random_view(images, augment, start.mean, start.std, randomness, aspect, part)
+                    targets = labels[read.indices].to(device, non_blocking=True)
+                    optimizer.zero_grad()
+                    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                        logits = replica(seen)
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+                    loss.backward()
+                    optimizer.step()
+                    pending.append(loss.detach())
+                    step += 1
+                    display.advance(step)
+                    if step % config.log_every == 0 or step % steps_per_epoch == 0:
+                        record()
+                    if step % steps_per_epoch == 0:
+                        scores = _evaluate(model, dataset.test, view, classes)
+                        _note(scores, step, step // steps_per_epoch, recorder, display)
+                        began = time.monotonic()  # measuring is not training
+                    stopped = largest(stop.signal or 0)[0]
+                    if stopped:
+                        break
+                    if step % config.checkpoint_every == 0 or step == total:
+                        record()
+                        save()
+            if stopped:
+                record()
+                save()
+        finally:
+            recorder.close()
+
+    ended_by = signal.Signals(stopped) if stopped else None
+    if step > 0:
+        on_rank_0(lambda: plot_curves(out / METRICS_FILE, out / "curves.png"))
+    if ended_by:
+        console.print(f"{ended_by.name}: saved step {step}. Continue with: moco-fast finetune --resume {out}")
+        return FinetuneOutcome(out, step, ended_by, len(train), None)
+    scores = scores or _evaluate(model, dataset.test, view, classes)  # a finished run may be resumed
+    heading = f"{dataset.name}, {start.arch}, {method}"
+    on_rank_0(lambda: plot_confusion(scores.confusion, dataset.class_names, out / "confusion.png", heading))
+    return FinetuneOutcome(out, step, None, len(train), scores)
+
+
+def _evaluate(model: Classifier, test: ImageSet, view: View, classes: int) -> Scores:
+    """Scores on central views of all test images, which the processes share out among them."""
+    assert test.labels is not None
+    average_statistics_(model)
+    logits = all_features(model, test, torch.arange(len(test)), view).cpu()
+    best = logits.topk(min(5, classes), dim=1).indices
+    return Scores(
+        F.cross_entropy(logits, test.labels).item(),
+        accuracy_at(best, test.labels, 1),
+        accuracy_at(best, test.labels, 5),
+        confusion(best[:, 0], test.labels, classes),
+    )
+
+
+def _note(scores: Scores, step: int, epoch: int, recorder: Recorder, display: Display) -> None:
+    recorder.write(step, test_loss=scores.loss, test_acc1=scores.acc1, test_acc5=scores.acc5)
+    display.say(f"epoch {epoch}: test accuracy {scores.acc1:.2%}, among the first five {scores.acc5:.2%}")
+
+
+def _fit_to(images: int, config: FinetuneConfig, console: Any) -> FinetuneConfig:
+    """A batch that the images fill and the processes can share, said where it differs from the config's."""
+    if config.batch_size % world_size():
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of the {world_size()} processes"
+        )
+    size = min(config.batch_size, images - images % world_size())
+    if size == config.batch_size:
+        return config
+    if size < 2 * world_size():  # batch norm needs two
+        raise ValueError(f"{images} training images are too few for {world_size()} processes, each needs two")
+    console.print(f"{images} training images: batch_size {config.batch_size} -> {size}.")
+    return replace(config, batch_size=size)
