@@ -121,7 +121,9 @@ def _memory_bank(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
     )  # fmt: skip
 
 
-def _memory_bank_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
+def _memory_bank_step(
+    model: nn.Module, views: Views, config: Config, progress: float
+) -> tuple[Tensor, Stats]:
     return model(views.first, views.indices, return_stats=True)
 
 
