@@ -91,8 +91,8 @@ def case(size: tuple[int, int, int], device: torch.device = CPU) -> Case:
     generator = torch.Generator().manual_seed(0)
     student, noise = torch.randn(2, n, c, generator=generator)
     w, v = F.normalize(torch.randn(2, p, c, generator=generator), dim=2)
-    inputs = [student, student + noise, w, F.normalize(w + v, dim=1), 0.1 * torch.randn(p, generator=generator)]
-    inputs = [x.to(device) for x in inputs]
+    center = 0.1 * torch.randn(p, generator=generator)
+    inputs = [x.to(device) for x in (student, student + noise, w, F.normalize(w + v, dim=1), center)]
     for x in (inputs[0], inputs[2]):
         x.requires_grad_()
     wants = with_gradients(official)(*(x.detach().double().requires_grad_(x.requires_grad) for x in inputs))

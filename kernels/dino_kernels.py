@@ -23,7 +23,8 @@ def prepare(
     x,  # (R, C) raw
     high, low,  # (R, WIDTH) operands; low only if SPLIT
     R, C,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SPLIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows as the matrix products read them, normalised if UNIT."""
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)

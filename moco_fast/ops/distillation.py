@@ -109,6 +109,8 @@ def _save(ctx, inputs, output):
 
 
 def _scale(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 10
     student, prototypes, ds, dw = ctx.saved_tensors
     ds = _scaled(grad_loss[:, None], ds, student, prototypes) if ctx.need_ds else None
     # dw is that of the sum of the losses: where prototypes want a gradient, only their mean or sum leaves
