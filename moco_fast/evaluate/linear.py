@@ -199,8 +199,7 @@ def train_heads(
     """
     if classes < 2:
         raise ValueError(f"classes must be at least 2, got {classes}")
-    for name, values in (("train", train), ("test", test)):
-        checks.finite(**{name: values})
+    checks.finite(train=train, test=test)
     for name, values in (("labels", labels), ("test_labels", test_labels)):
         if not 0 <= int(values.min()) <= int(values.max()) < classes:
             raise ValueError(
@@ -269,7 +268,8 @@ class Scaler(NamedTuple):
     def of(cls, x: Tensor) -> Scaler:
         """Gives every feature of (N, F) mean 0 and variance 1; one that never varies becomes 0."""
         deviation, mean = torch.std_mean(x, 0, correction=0)
-        return cls(mean, torch.where(deviation > 1e-6, 1 / deviation, torch.ones_like(deviation)))
+        varies = deviation > 1e-6 * mean.abs()  # by more than rounding
+        return cls(mean, torch.where(varies, 1 / deviation, torch.ones_like(deviation)))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, F) -> (N, F + 1)."""
@@ -294,8 +294,8 @@ def cached_batches(train: Tensor, labels: Tensor, config: LinearConfig) -> Batch
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = _order(len(train), config.seed, epoch).to(train.device)
-        parts = [values.split(config.batch_size) for values in (train[order], labels[order], order)]
-        yield from zip(*parts, strict=True)
+        for rows in order.split(config.batch_size):
+            yield train[rows], labels[rows], rows
 
     return batches
 
