@@ -46,7 +46,9 @@ def embed(
     tsne = extra("sklearn.manifold").TSNE(
         perplexity=min(PERPLEXITY, (len(rows) - 1) / 3), init=start.float().numpy(), random_state=seed
     )
-    return torch.from_numpy(tsne.fit_transform(parts.float().numpy()))
+    # Its parallel parts are so short that threads cost more than they save; and one adds in the same order.
+    with extra("threadpoolctl").threadpool_limits(1):
+        return torch.from_numpy(tsne.fit_transform(parts.float().numpy()))
 
 
 def spread_over_classes(

@@ -64,7 +64,8 @@ def plot_confusion(
         figure = new_figure(side + 2.4, side + 1.5, layout="constrained")
         axes = figure.add_subplot()
         _matrix(axes, share)
-        axes.set_xticks(range(classes), names, rotation=45, ha="right", rotation_mode="anchor")
+        tilt = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+        axes.set_xticks(range(classes), names, **tilt)
         axes.set_yticks(range(classes), names)
         for row in range(classes):
             for column in range(classes):
@@ -109,7 +110,7 @@ def _number(axes: Any, row: int, column: int, share: float) -> None:
         return
     axes.text(
         column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
-        color="white" if share > 0.35 else INK, weight="bold" if row == column else "normal",
+        color="white" if share > 0.5 else INK, weight="bold" if row == column else "normal",
     )  # fmt: skip
 
 

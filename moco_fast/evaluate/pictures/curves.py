@@ -147,7 +147,7 @@ def _draw_cross_entropy(axes: Any, records: Sequence[dict[str, Any]]) -> None:
 
 def _draw_accuracy(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     title(axes, "Test accuracy, %")
-    for key, colour, name in (("test_acc5", GREY, "among the first 5"), ("test_acc1", GREEN, "the first")):
+    for key, colour, name in (("test_acc5", GREY, "one of 5 right"), ("test_acc1", GREEN, "right")):
         steps, values = _curve(records, key)
         if values:
             curve = steps, [100 * value for value in values]

@@ -22,6 +22,7 @@ from moco_fast.extras import extra
 COLOURS = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
 )  # fmt: skip
+WIDTH = 8.0  # inches
 MARKERS = ("o", "^", "s")
 MOST_NAMED = len(COLOURS) * len(MARKERS)  # classes beyond which colours repeat and names would cover the points
 
@@ -58,7 +59,10 @@ def plot_embedding(
                 f"got {int(labels.min())} to {int(labels.max())}"
             )
     places = embed(features, seed)
-    figure = new_figure(7.2, 7.0, layout="constrained")
+    width, height = (places.amax(0) - places.amin(0)).tolist()
+    if height > width:  # a plane has no upright: the longer side lies, as pages are read
+        places, width, height = places.flip(1), height, width
+    figure = new_figure(WIDTH, 0.6 + WIDTH * max(0.5, height / width), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
@@ -73,7 +77,7 @@ def plot_embedding(
             _points(axes, places[labels == label], colour, marker, size)
         if len(present) <= MOST_NAMED:
             middles = torch.stack([places[labels == label].median(0).values for label in present])
-            _names(axes, _apart(middles, places), [class_names[label] for label in present], present)
+            _names(axes, middles, places, [class_names[label] for label in present], present)
     text = f"t-SNE of {len(places):,} images"
     if labels is not None and len(present) > MOST_NAMED:
         text += f" of {len(present)} classes, too many to name"
@@ -89,15 +93,18 @@ def _points(axes: Any, places: Tensor, colour: str, marker: str, size: float) ->
     axes.scatter(*places.T.numpy(), s=size, c=colour, marker=marker, linewidths=0, alpha=0.75)
 
 
-def _names(axes: Any, places: Tensor, names: Sequence[str], labels: Sequence[int]) -> None:
-    """Class names, with a sample of the marker where they might be mistaken for a neighbour's."""
+def _names(
+    axes: Any, middles: Tensor, places: Tensor, names: Sequence[str], labels: Sequence[int]
+) -> None:
+    """A large marker at the middle of every class, and its name beside."""
     halo = extra("matplotlib.patheffects").withStroke(linewidth=3, foreground="white")
-    for (x, y), name, label in zip(places.tolist(), names, labels, strict=True):
+    beside = _apart(middles, places)
+    for (x, y), at, name, label in zip(middles.tolist(), beside.tolist(), names, labels, strict=True):
         colour, marker = _style(label)
-        axes.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=INK, markeredgewidth=1)
+        axes.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=INK, markeredgewidth=1, zorder=4)
         axes.annotate(
-            name, (x, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK,
-            weight="bold", path_effects=[halo],
+            name, at, xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK,
+            weight="bold", path_effects=[halo], zorder=3,
         )  # fmt: skip
 
 
