@@ -2,6 +2,7 @@
 
 from bench import (
     bench_contrast,
+    bench_dino,
     bench_ema_update,
     bench_enqueue,
     bench_fused_step,
@@ -15,6 +16,7 @@ OPS = {
     "info_nce": bench_info_nce,
     "nt_xent": bench_nt_xent,
     "contrast": bench_contrast,
+    "dino": bench_dino,
     "ema_update_": bench_ema_update,
     "fused step": bench_fused_step,
     "enqueue_": bench_enqueue,

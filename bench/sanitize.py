@@ -44,6 +44,13 @@ def main() -> None:
                         with moco_fast.use_backend(name):
                             loss_of(q, trained, 0.1, precision=precision).backward()
                         calls += 1
+            center = torch.randn(k, device=device)
+            prototypes = queue.clone().requires_grad_()
+            for name in kernels("dino", q, keys, queue):
+                for precision in PRECISIONS:
+                    with moco_fast.use_backend(name):
+                        moco_fast.dino(q, keys, prototypes, queue, center, precision=precision).backward()
+                    calls += 1
             for name in kernels("ema_update_", keys):
                 with moco_fast.use_backend(name):
                     moco_fast.ema_update_([keys, keys[0].clone()], [q.detach(), q.detach()[0]], 0.99)

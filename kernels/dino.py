@@ -19,6 +19,7 @@ whose maxima and sums are known by then. No atomics: results are bitwise repeata
 8 N P C FLOP and 2 N P exponentials, 14 and 4 with dw. Memory: the prototypes are
 rounded to operands once, 12 P C bytes from fp32 in 16 bit (nothing if they are
 in the operand type), then read, 2 P C bytes, three times, once more each for dw.
+Pairs of operands ("highest") of more than 256 features are left to the reference.
 
 Kernels: dino_kernels.py.  Reference: moco_fast.reference.dino.  Tests: tests/test_dino_op.py.
 """
@@ -33,6 +34,7 @@ import torch
 import triton
 from torch import Tensor
 
+from moco_fast import reference
 from moco_fast.kernels import dino_kernels
 from moco_fast.kernels.common import (
     LOG2E,
@@ -45,36 +47,53 @@ from moco_fast.kernels.common import (
     shares_of,
 )
 
-# (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (what a program holds, padded C); "split" is
-# precision "highest". Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another
-# (tests/test_aot.py).
+# (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (what a program holds, padded C); "split"
+# is precision "highest". Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another
+# (tests/test_aot.py). Only the widest prototypes spill whatever the tiles: of 512 features, and split ones of 256.
 TILES = {
-    ("rows", 32): (128, 64, 8, 3, 2),
-    ("rows", 64): (128, 64, 8, 3, 2),
+    ("rows", 32): (128, 64, 8, 4, 2),
+    ("rows", 64): (128, 64, 8, 3, 1),
     ("rows", 128): (128, 64, 8, 3, 1),
     ("rows", 256): (64, 64, 8, 2, 1),
     ("rows", 512): (64, 16, 8, 2, 1),
-    ("prototypes", 32): (128, 64, 8, 3, 2),
+    ("prototypes", 32): (128, 64, 8, 3, 1),
     ("prototypes", 64): (128, 32, 8, 3, 2),
     ("prototypes", 128): (128, 32, 8, 3, 1),
-    ("prototypes", 256): (64, 32, 8, 2, 1),
+    ("prototypes", 256): (128, 32, 8, 2, 1),
     ("prototypes", 512): (64, 16, 8, 2, 1),
     ("split rows", 32): (128, 64, 8, 3, 1),
     ("split rows", 64): (128, 64, 8, 2, 1),
-    ("split rows", 128): (128, 32, 8, 2, 1),
-    ("split rows", 256): (64, 16, 8, 2, 1),
-    ("split rows", 512): (16, 16, 8, 2, 1),
+    ("split rows", 128): (128, 64, 8, 2, 1),
+    ("split rows", 256): (64, 32, 4, 2, 1),
     ("split prototypes", 32): (128, 64, 8, 3, 1),
     ("split prototypes", 64): (128, 32, 8, 3, 1),
-    ("split prototypes", 128): (64, 32, 8, 2, 1),
-    ("split prototypes", 256): (64, 16, 8, 2, 1),
-    ("split prototypes", 512): (16, 16, 8, 2, 1),
+    ("split prototypes", 128): (128, 32, 8, 2, 1),
+    ("split prototypes", 256): (64, 16, 4, 2, 1),
 }
 # Before sm_90 the operands of every product pass through registers, and some GPUs have 99 KB for all tiles.
-OLDER_TILES: dict[tuple[str, int], tuple[int, int, int, int, int]] = {}
+OLDER_TILES = {
+    ("rows", 32): (128, 64, 8, 3, 1),
+    ("rows", 64): (128, 64, 8, 3, 1),
+    ("rows", 128): (128, 64, 8, 2, 1),
+    ("rows", 256): (64, 32, 8, 2, 1),
+    ("rows", 512): (32, 16, 8, 2, 1),
+    ("prototypes", 64): (128, 32, 8, 3, 1),
+    ("prototypes", 128): (64, 32, 8, 2, 1),
+    ("prototypes", 256): (64, 16, 8, 2, 1),
+    ("prototypes", 512): (16, 16, 8, 2, 1),
+    ("split rows", 64): (128, 32, 8, 3, 1),
+    ("split rows", 128): (64, 32, 8, 2, 1),
+    ("split rows", 256): (32, 16, 8, 2, 1),
+    ("split prototypes", 32): (128, 32, 8, 3, 1),
+    ("split prototypes", 64): (64, 32, 8, 2, 1),
+    ("split prototypes", 128): (32, 16, 8, 2, 1),
+    ("split prototypes", 256): (16, 16, 8, 2, 1),
+}
 
-# Exponentials and weights are operands too, scaled by a power of two so that fp16 does not lose the small ones:
-# before that they are up to 1 in magnitude.
+MAX_SPLIT_FEATURES = 256  # wider pairs of operands, of both models at once, no GPU's registers hold
+
+# Exponentials and weights, up to 1 in magnitude, are operands too, scaled by a power of two so that fp16 does
+# not lose the small ones.
 OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
 
 Tiles = tuple[int, int, int, int, int]
@@ -138,7 +157,8 @@ def sweep(
     """Attention of a model's rows, in parts; ``tiles`` in place of the tables' entry."""
     (rows, width), columns, device = x.high.shape, len(y.high), x.high.device
     split, tma, block_c = x.low is not x.high, has_tma(device), padded_features(features)
-    block_m, block_n, warps, stages, per_sm = tiles or tiles_for("split rows" if split else "rows", block_c, tma)
+    kind = "split rows" if split else "rows"
+    block_m, block_n, warps, stages, per_sm = tiles or tiles_for(kind, block_c, tma)
     blocks, steps = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     shares = shares_of(rows, features if mean else 1, blocks, steps, per_sm * multiprocessors(device))
     tiles_per_share = triton.cdiv(steps, shares)
@@ -202,6 +222,11 @@ def dino(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.dino`."""
+    if precision == "highest" and student.shape[1] > MAX_SPLIT_FEATURES:
+        return reference.dino(
+            student, teacher, prototypes, teacher_prototypes, center,
+            student_temperature, teacher_temperature, precision, need_ds, need_dw,
+        )  # fmt: skip
     student, center = student.contiguous(), center.contiguous()
     n, features = student.shape
     s, t = (operand(x, precision, unit=True) for x in (student, teacher))
@@ -240,7 +265,7 @@ CANDIDATES = {
     key: [
         tiles
         for tiles in product(
-            (16, 32) if "split" in key[0] and key[1] == 512 else (64, 128),
+            (64, 128),
             (16, 32, 64) if key[1] >= 128 else (32, 64, 128),
             (4, 8),
             (2, 3) if key[1] >= 128 else (2, 3, 4),

@@ -23,7 +23,8 @@ def prepare(
     x,  # (R, C) raw
     high, low,  # (R, WIDTH) operands; low only if SPLIT
     R, C,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SPLIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows as the matrix products read them, normalised if UNIT."""
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
@@ -58,15 +59,24 @@ def sweep(
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     shift = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if TEACHER:
+        # A tile ahead by hand: of Triton's asynchronous copies of so few values every product would wait.
+        col = first * BLOCK_N + tl.arange(0, BLOCK_N)
+        centers = tl.load(center + col, mask=col < P, other=0)
     for tile in range(first, last):
         column = tile * BLOCK_N
         y = load_rows(y_high, column, P, WIDTH, BLOCK_N, BLOCK_C, TMA)
         y_low = load_rows(y_rest, column, P, WIDTH, BLOCK_N, BLOCK_C, TMA) if SPLIT else y
+        w, w_low = y, y_low
+        if TEACHER:
+            w = load_rows(w_high, column, P, WIDTH, BLOCK_N, BLOCK_C, TMA)
+            w_low = load_rows(w_rest, column, P, WIDTH, BLOCK_N, BLOCK_C, TMA) if SPLIT else w
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         s = product(x, x_low, tl.trans(y), tl.trans(y_low), s, SPLIT, SPLIT)
         col = column + tl.arange(0, BLOCK_N)
         if TEACHER:
-            s -= tl.load(center + col, mask=col < P, other=0)[None, :]
+            s -= centers[None, :]
+            centers = tl.load(center + BLOCK_N + col, mask=BLOCK_N + col < P, other=0)
         if not EVEN:
             s = tl.where((col < P)[None, :], s, float("-inf"))
         # Against the scaled maximum, less the offset: the largest exponential is 2^OFFSET.
@@ -76,10 +86,6 @@ def sweep(
         p = exp2_scaled(s, scale, shift[:, None])
         total = total * rescale + tl.sum(p, axis=1)
         if MEAN:
-            w, w_low = y, y_low
-            if TEACHER:
-                w = load_rows(w_high, column, P, WIDTH, BLOCK_N, BLOCK_C, TMA)
-                w_low = load_rows(w_rest, column, P, WIDTH, BLOCK_N, BLOCK_C, TMA) if SPLIT else w
             acc *= rescale[:, None]
             p_high = p.to(x.dtype)
             p_low = (p - p_high.to(tl.float32)).to(x.dtype) if SPLIT else p_high

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moco_fast import checks
     from moco_fast.backends import use_backend
     from moco_fast.models.moco import MoCo
+    from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT
     from moco_fast.norm import SplitBatchNorm
     from moco_fast.ops import (
         InfoNCEStats,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         ema_update_,
         enqueue_,
         info_nce,
+        multi_info_nce,
         nt_xent,
         split_batch_norm,
         take_rows,
@@ -33,6 +35,8 @@ __all__ = [
     "InfoNCEStats",
     "KeyQueue",
     "MoCo",
+    "MoCo_ResNet",
+    "MoCo_ViT",
     "SplitBatchNorm",
     "__version__",
     "checks",
@@ -41,6 +45,7 @@ __all__ = [
     "ema_update_",
     "enqueue_",
     "info_nce",
+    "multi_info_nce",
     "nt_xent",
     "split_batch_norm",
     "take_rows",
@@ -55,12 +60,15 @@ _HOME = {
     "InfoNCEStats": "ops",
     "KeyQueue": "queue",
     "MoCo": "models.moco",
+    "MoCo_ResNet": "models.moco_v3",
+    "MoCo_ViT": "models.moco_v3",
     "SplitBatchNorm": "norm",
     "contrast": "ops",
     "dino": "ops",
     "ema_update_": "ops",
     "enqueue_": "ops",
     "info_nce": "ops",
+    "multi_info_nce": "ops",
     "nt_xent": "ops",
     "split_batch_norm": "ops",
     "take_rows": "ops",

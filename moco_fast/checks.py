@@ -126,6 +126,30 @@ def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tenso
     return q, k, queue
 
 
+def multi_info_nce(
+    q: object, k: object, queue: object, labels: object, queue_labels: object, classes: object
+) -> bool:
+    """Check the tensors of :func:`moco_fast.multi_info_nce`; returns whether k has three dimensions."""
+    several = isinstance(k, Tensor) and k.ndim == 3
+    if several:
+        k = tensor("k", k, ndim=3)
+        if k.shape[1] == 0:
+            raise ValueError(f"k must hold at least one key for each query, got shape {tuple(k.shape)}")
+    q, _, queue = info_nce(q, k[:, 0] if several and isinstance(k, Tensor) else k, queue)
+    given = {"labels": labels, "queue_labels": queue_labels, "classes": classes}
+    if labels is None and queue_labels is None and classes is None:
+        return several
+    for name, value in given.items():
+        if value is None:
+            raise ValueError(
+                f"{name} must be given, as labels, queue_labels and classes go together, got None"
+            )
+    end = count("classes", classes)
+    in_range("labels", per_row("labels", labels, "q", q), end, start=-1)
+    in_range("queue_labels", per_row("queue_labels", queue_labels, "queue", queue), end, start=-1)
+    return several
+
+
 def nt_xent(z1: object, z2: object) -> tuple[Tensor, Tensor]:
     """Check the tensors of :func:`moco_fast.nt_xent`."""
     z1 = tensor("z1", z1, ndim=2)
@@ -242,6 +266,27 @@ def take_rows(x: object, index: object) -> tuple[Tensor, Tensor]:
     index = _index("index", index)
     same_device("x", x, "index", index)
     return x, index
+
+
+def per_row(name: str, value: object, beside_name: str, beside: Tensor) -> Tensor:
+    """Return ``value`` as int64 numbers, one for each row of another tensor and on its device, or raise."""
+    value = _index(name, value)
+    if value.shape != beside.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape ({beside.shape[0]},), one for each row of {beside_name}, "
+            f"got {tuple(value.shape)}"
+        )
+    same_device(beside_name, beside, name, value)
+    return value
+
+
+def in_range(name: str, value: Tensor, end: int, start: int = 0) -> None:
+    """Raise unless all numbers are in [start, end), where looking costs no wait: on a CPU, not compiled."""
+    if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    least, most = int(value.min()), int(value.max())
+    if not start <= least <= most < end:
+        raise ValueError(f"{name} must be in [{start}, {end}), got {least} to {most}")
 
 
 def ema_update(targets: list[Tensor], sources: list[Tensor]) -> None:

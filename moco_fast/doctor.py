@@ -12,7 +12,7 @@ import torch
 from moco_fast import backends, native
 from moco_fast._version import __version__
 
-OPS = ("info_nce", "nt_xent", "contrast", "ema_update_", "enqueue_", "sgd_", "adamw_")
+OPS = ("info_nce", "nt_xent", "contrast", "dino", "ema_update_", "enqueue_", "sgd_", "adamw_")
 OPTIONAL = ("torchvision", "triton", "rich", "tyro", "tensorboard", "matplotlib", "scikit-learn")
 
 

@@ -20,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moco_fast.kernels import (
+    dino,
+    dino_kernels,
     ema_update,
     enqueue,
     info_nce,
@@ -185,6 +187,78 @@ def pairs_cases():
     )
 
 
+def dino_operands(heights, operand, features, tma):
+    """Types of pairs of operands, by name and height of their blocks."""
+    return {
+        f"{name}_{part}": f"tensordesc<{operand}[{height},{features}]>" if tma else f"*{operand}"
+        for name, height in heights.items()
+        for part in ("high", "rest")
+    }
+
+
+def dino_sweep(tiles, features, capability, *, teacher, split=False, mean=True, even=True, operand="fp16"):
+    """``dino_kernels.sweep`` in one of its forms; products per tile, for what to expect of it."""
+    block_m, block_n, warps, stages, _ = tiles
+    tma = capability >= HOPPER
+    types = {
+        **dino_operands({"x": block_m, "y": block_n, "w": block_n}, operand, features, tma),
+        **dict.fromkeys(("center", "sums", "totals", "shifts"), "*fp32"),
+        **dict.fromkeys(("N", "P", "C", "tiles_per_share"), "i32"),
+        "scale": "fp32",
+    }
+    constants = {
+        "WIDTH": features, "TMA": tma, "OFFSET": 0.0 if operand == "bf16" else 15.0,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": features,
+        "EVEN": even, "SPLIT": split, "TEACHER": teacher, "MEAN": mean,
+    }  # fmt: skip
+    found = compiled(dino_kernels.sweep, types, constants, warps, stages, capability)
+    return found | {"products": (1 + mean) * (3 if split else 1)}
+
+
+def dino_prototypes(tiles, features, capability, *, split=False, operand="fp16"):
+    """``dino_kernels.prototypes``; products per tile."""
+    block_m, block_n, warps, stages, _ = tiles
+    tma = capability >= HOPPER
+    types = {
+        **dino_operands({"w": block_m, "v": block_m, "s": block_n, "t": block_n}, operand, features, tma),
+        **dict.fromkeys(("center", "tops", "shares_of_one", "dw"), "*fp32"),
+        **dict.fromkeys(("P", "N", "C"), "i32"),
+        **dict.fromkeys(("s_scale", "t_scale", "factor"), "fp32"),
+    }
+    constants = {
+        "WIDTH": features, "TMA": tma,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": features, "SPLIT": split,
+    }  # fmt: skip
+    found = compiled(dino_kernels.prototypes, types, constants, warps, stages, capability)
+    return found | {"products": 3 * (3 if split else 1)}
+
+
+def dino_cases():
+    """Every entry of the tables in the form that needs most registers, every form at the headline width."""
+    for kind, features in dino.TILES:
+        split = "split" in kind
+        form = (
+            partial(dino_prototypes, split=split)
+            if "prototypes" in kind
+            else partial(dino_sweep, teacher=True, even=False, split=split)
+        )
+        for capability in (HOPPER, AMPERE):
+            tiles = dino.tiles_for(kind, features, capability >= HOPPER)
+            label = f"{kind} {features}{'' if capability >= HOPPER else ' sm_80'}"
+            yield label, partial(form, tiles, features, capability)
+    headline = partial(dino_sweep, dino.TILES["rows", 256], 256, HOPPER)
+    yield "student", partial(headline, teacher=False)
+    yield "student, loss alone", partial(headline, teacher=False, mean=False)
+    yield "teacher, even P", partial(headline, teacher=True)
+    yield "teacher, medium", partial(headline, teacher=True, operand="bf16")
+    yield (
+        "student, highest",
+        partial(dino_sweep, dino.TILES["split rows", 256], 256, HOPPER, teacher=False, split=True),
+    )
+    medium = partial(dino_prototypes, operand="bf16")
+    yield "prototypes, medium", partial(medium, dino.TILES["prototypes", 256], 256, HOPPER)
+
+
 def ema(size):
     """``ema_update._ema_update`` with the tiles of an element size, for tensors that start on 16 bytes."""
     block, warps = ema_update.TILES[size]
@@ -243,6 +317,7 @@ def split_batch_norm_cases():
 CASES = {
     "info_nce": info_nce_cases,
     "pairs": pairs_cases,
+    "dino": dino_cases,
     "ema_update": lambda: ((f"{size} bytes", partial(ema, size)) for size in ema_update.TILES),
     "enqueue": lambda: ((f"sm_{capability}", partial(write, capability)) for capability in (AMPERE, HOPPER)),
     "take_rows": lambda: ((f"sm_{capability}", partial(take, capability)) for capability in (AMPERE, HOPPER)),

@@ -146,7 +146,8 @@ def test_gpu_memory_sees_a_temporary():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "op", ["info_nce", "nt_xent", "contrast", "ema_update_", "fused step", "enqueue_", "split_batch_norm"]
+    "op",
+    ["info_nce", "nt_xent", "contrast", "dino", "ema_update_", "fused step", "enqueue_", "split_batch_norm"],
 )
 def test_gpu_cases_are_right(op):
     """Every peer of ours, and the official formula, against float64."""

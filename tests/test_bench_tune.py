@@ -133,7 +133,7 @@ def test_all_that_can_be_tuned_is_found(kernel):
     assert "fake_op" in tune.tunable()
 
 
-KERNELS = ["ema_update", "enqueue", "info_nce", "pairs", "split_batch_norm", "take_rows"]
+KERNELS = ["dino", "ema_update", "enqueue", "info_nce", "pairs", "split_batch_norm", "take_rows"]
 
 
 def test_kernels_that_can_be_tuned():

@@ -11,9 +11,9 @@ from moco_fast.ops.distillation import _dino
 from moco_fast.reference.distillation import BLOCK_LOGITS
 
 OP = "dino"
-SHAPES = [(1, 257, 32), (5, 257, 64), (37, 1000, 256), (70, 130, 33), (3, 1, 512)]  # N, P, C
+SHAPES = [(1, 257, 32), (5, 1000, 64), (37, 257, 256), (130, 70, 33), (3, 1, 40)]  # N, P, C
 CASES = [(shape, torch.float32) for shape in SHAPES]
-CASES += [((37, 257, 64), torch.bfloat16), ((5, 1000, 100), torch.float16)]
+CASES += [((37, 130, 64), torch.bfloat16), ((5, 257, 100), torch.float16)]
 SCALE = 4096.0  # of the loss, as GradScaler does: fp16 gradients would be subnormal without it
 TEMPERATURES = (0.1, 0.04)
 
@@ -62,7 +62,8 @@ def test_error_at_most_twice_eager(backend, shape, dtype, clustered):
     want, *gradients = formula(*inputs, TEMPERATURES)
     eager, *eager_gradients = formula(*inputs, TEMPERATURES, torch.float32)
     rows, *found = fused(*inputs)
-    assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 2e-6
+    # 1e-5: one rounding of a teacher's logit, 1e-6 at 25, times the spread of the student's, is more than that.
+    assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 1e-5
     rounding = torch.finfo(dtype).eps / 2  # gradients are handed out in the dtype of what they are to
     for got, exact, from_eager in zip(found, gradients, eager_gradients, strict=True):
         error, eager_error = (got - exact).norm(), (from_eager - exact).norm()
@@ -82,7 +83,7 @@ def test_precisions_and_temperatures(backend, precision, temperatures):
     want, *gradients = formula(*inputs, temperatures)
     eager, *_ = formula(*inputs, temperatures, torch.float32)
     rows, *found = fused(*inputs, temperatures=temperatures, precision=precision)
-    # Teacher's weights that are off by a share move the mean of the student's logits by that share of 2 / T_s.
+    # Teacher's weights that are off by a share move the mean of the student's logits by it times 2 / T_s.
     eps = torch.finfo(OPERAND[precision]).eps
     share = eps * (1 + 1 / temperatures[1])
     assert (rows - want).abs().max() <= (
@@ -104,6 +105,17 @@ def test_any_center_and_any_norm_of_prototypes(backend):
         assert relative(got, exact) <= 2 * relative(from_eager, exact) + 2e-5
 
 
+@pytest.mark.parametrize("precision", checks.PRECISIONS)
+def test_widest_rows(backend, precision):
+    """Of 512 features: tiles of their own, or none for pairs of operands."""
+    inputs = make(5, 40, 500)
+    want, *gradients = formula(*inputs, (0.5, 0.5))
+    rows, *found = fused(*inputs, temperatures=(0.5, 0.5), precision=precision)
+    bound = 8 * torch.finfo(OPERAND[precision]).eps + 1e-5
+    assert (rows - want).abs().max() <= bound
+    assert all(relative(got, exact) <= 2 * bound for got, exact in zip(found, gradients, strict=True))
+
+
 def test_zero_rows_follow_normalize(backend):
     inputs = make(4, 60, 32)
     inputs[0][1] = inputs[1][2] = 0
@@ -118,7 +130,7 @@ def test_zero_rows_follow_normalize(backend):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1], ids=["student", "teacher"])
 def test_non_finite_rows_give_non_finite_losses(backend, value, which):
-    inputs = make(5, 300, 32)
+    inputs = make(5, 70, 32)
     inputs[which][1, 3] = value
     rows, ds, _ = fused(*inputs)
     assert torch.isfinite(rows).tolist() == [i != 1 for i in range(5)]
@@ -128,8 +140,8 @@ def test_non_finite_rows_give_non_finite_losses(backend, value, which):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_non_finite_prototypes_give_non_finite_losses(backend, value, gradients):
-    inputs = make(5, 300, 32)
-    inputs[2][290, 3] = value
+    inputs = make(5, 70, 32)
+    inputs[2][69, 3] = value
     rows, *_ = _dino(*inputs, *TEMPERATURES, "highest", gradients, gradients)
     assert not torch.isfinite(rows).any()
 
@@ -137,15 +149,18 @@ def test_non_finite_prototypes_give_non_finite_losses(backend, value, gradients)
 def test_non_contiguous_views(backend):
     inputs = make(6, 70, 33)
     want = fused(*inputs)
-    for i, x in enumerate(inputs):
+    views = []
+    for x in inputs:
         wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
         wide[..., ::2] = x
-        got = fused(*inputs[:i], wide[..., ::2], *inputs[i + 1 :])
-        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-3) for a, b in zip(got, want, strict=True))
+        views.append(wide[..., ::2])
+    assert not any(view.is_contiguous() for view in views)
+    got = fused(*views)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-3) for a, b in zip(got, want, strict=True))
 
 
 def test_bitwise_repeatable(backend):
-    inputs = make(60, 600, 40)  # several shares of the prototypes
+    inputs = make(70, 400, 40)  # several shares of the prototypes
     first, again = fused(*inputs), fused(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

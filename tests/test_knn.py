@@ -1,12 +1,17 @@
 """kNN evaluation against scikit-learn, and feature extraction."""
 
+import math
+
 import numpy as np
 import pytest
+import ranks
 import torch
 from torch import nn
 
-from moco_fast.evaluate import knn
-from moco_fast.evaluate.knn import extract_features, knn_accuracy, nearest_neighbours
+from moco_fast.data.images import ImageSet, MemoryImages
+from moco_fast.evaluate import features, knn
+from moco_fast.evaluate.features import View, all_features, own_features, share
+from moco_fast.evaluate.knn import extract_features, knn_accuracy, knn_predict, nearest_neighbours
 
 sklearn_neighbors = pytest.importorskip("sklearn.neighbors")
 
@@ -60,6 +65,48 @@ def test_neighbours_are_the_nearest_in_order():
     assert torch.equal(nearest_neighbours(bank, 5 * queries, 10).indices, near.indices)
 
 
+def test_chunks_of_the_bank_change_nothing(monkeypatch):
+    """Also where rows stand twice, in different chunks: the earlier one comes first."""
+    bank, queries = clusters(130)[0], clusters(41, seed=3)[0]
+    bank = torch.cat([bank, bank])
+    cosine = torch.cosine_similarity(queries[:, None].double(), bank[None].double(), dim=2)
+    expected = cosine.sort(dim=1, descending=True, stable=True)
+    for size in (26, 260):  # of whole fractions: equal rows are then equal to the last bit
+        monkeypatch.setattr(knn, "CHUNK", size)
+        near = nearest_neighbours(bank, queries, 60)
+        assert torch.allclose(near.similarities.double(), expected.values[:, :60], atol=1e-6)
+        if size == 26:  # within a chunk topk orders equals as it likes
+            assert torch.equal(near.indices, expected.indices[:, :60])
+
+
+def test_several_k_from_one_search():
+    train, test = clusters(257, 7, seed=1), clusters(101, 7, seed=2)
+    predicted = knn_predict(*train, test[0], k=(1, 20, 200))
+    assert list(predicted) == [1, 20, 200]
+    for k, prediction in predicted.items():
+        assert prediction.accuracy(test[1]) == knn_accuracy(*train, *test, k=k)
+    assert (predicted[1].classes[:, 1:] == -1).all() and (predicted[1].votes[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [None, 0.1])
+def test_five_best_classes_are_scikit_learns(temperature):
+    train, test = clusters(257, 7, seed=1), clusters(101, 7, seed=2)
+    weights = "uniform" if temperature is None else lambda d: np.exp((1 - d) / temperature)
+    model = sklearn_neighbors.KNeighborsClassifier(37, metric="cosine", algorithm="brute", weights=weights)
+    share = torch.from_numpy(model.fit(*train).predict_proba(test[0]))
+    predicted = knn_predict(*train, test[0], k=(37,), temperature=temperature)[37]
+    ours = predicted.votes.double() / predicted.votes.double()[:, :1]
+    theirs = share.sort(1, descending=True).values[:, :5]
+    assert torch.allclose(ours, theirs / theirs[:, :1], atol=1e-4)
+    assert (predicted.votes.diff(dim=1) <= 0).all()
+    voted = share.gather(1, predicted.classes.clamp(min=0))
+    assert torch.allclose(voted.where(predicted.classes >= 0, 0), theirs, atol=1e-6)
+    rows = [set(row.tolist()) - {-1} for row in predicted.classes]
+    assert all(len(row) == n for row, n in zip(rows, (predicted.classes >= 0).sum(1).tolist(), strict=True))
+    hits = [int(label) in row for row, label in zip(rows, test[1], strict=True)]
+    assert predicted.accuracy(test[1], 5) == pytest.approx(sum(hits) / len(hits))
+
+
 @pytest.mark.parametrize("labels", [[3, 3, 8, 8], [8, 8, 3, 3], [3, 8, 8, 3], [8, 3, 3, 8]])
 def test_nearer_neighbour_wins_ties(labels):
     angles = torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -109,6 +156,9 @@ def test_errors(change, message):
     }
     with pytest.raises(ValueError, match=message):
         knn_accuracy(**{**arguments, **change})
+    if change == {"k": 0}:
+        with pytest.raises(ValueError, match="k must hold at least one number"):
+            knn_predict(torch.ones(10, 4), torch.zeros(10), torch.ones(5, 4), k=())
 
 
 def encoder_and_batches():
@@ -149,3 +199,69 @@ def test_extract_features_restores_modes_after_an_error():
     assert [m.training for m in encoder.modules()] == modes
     with pytest.raises(ValueError, match="batches is empty"):
         extract_features(encoder, [], encoder)
+
+
+def test_shares_are_consecutive_and_whole(monkeypatch):
+    for count, unit, world in ((0, 5, 3), (4, 5, 3), (23, 5, 3), (23, 5, 1), (60_000, 4000, 8)):
+        monkeypatch.setattr(features, "world_size", lambda world=world: world)
+        parts = [share(count, unit, r) for r in range(world)]
+        assert [i for part in parts for i in range(count)[part]] == list(range(count))
+        assert all(part.start % unit == 0 for part in parts if part.start < count)
+        most = math.ceil(math.ceil(count / unit) / world) * unit
+        assert max(part.stop - part.start for part in parts) <= most
+
+
+def by_neighbours(chunk, batch, duplicate):
+    """Predictions from features that the processes share out."""
+    knn.CHUNK, features.EVALUATION_BATCH = chunk, batch
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 8))
+    pixels, labels = torch.randint(0, 256, (801, 1, 8, 8), dtype=torch.uint8), torch.randint(9, (700,))
+    images = ImageSet(MemoryImages(pixels), None)
+    view = View(8, [0.3], [0.4], torch.device("cpu"))
+    bank = torch.arange(700)
+    if duplicate:  # equal similarities across shards
+        bank = bank % 350
+    own = own_features(network, images, bank, view, chunk)
+    queries = all_features(network, images, torch.arange(700, 801), view)
+    predicted = knn_predict(own, labels[bank], queries, k=(5, 150), sharded=True)
+    near = nearest_neighbours(own, queries, 150, sharded=True)
+    return [t.tolist() for t in (*predicted[5], *predicted[150], *near)], len(own)
+
+
+def on_rank(rank, cases):
+    found = [by_neighbours(*case) for case in cases]
+    own, labels, queries = torch.ones(10, 4), torch.zeros(20), torch.ones(5, 4)
+    messages = []
+    for k, bad in ((3, 1), (21, None)):
+        shard = own / 0 if rank == bad else own
+        try:
+            knn_predict(shard, labels, queries, k=(k,), sharded=True)
+        except (ValueError, RuntimeError) as error:
+            messages.append(str(error))
+    return found, messages
+
+
+def test_processes_give_what_one_gives(tmp_path, monkeypatch):
+    """Bit for bit: similarities, neighbours, votes. And what is wrong on one rank is raised on all."""
+    for module, name in ((knn, "CHUNK"), (features, "EVALUATION_BATCH")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored afterwards
+    torch.set_num_threads(1)
+    # with chunks of 700 one rank has no bank at all
+    cases = [(100, 25, False), (100, 25, True), (700, 25, False)]
+    results = ranks.run(2, on_rank, cases, folder=tmp_path)
+    for i, case in enumerate(cases):
+        alone, count = by_neighbours(*case)
+        assert count == 700 == sum(found[i][1] for found, _ in results)
+        assert all(found[i][0] == alone for found, _ in results)
+    for _, messages in results:
+        assert messages == [
+            "rank 1: bank must be finite, but 10 of 10 rows hold inf or nan",
+            "k must be between 1 and the size of the bank, 20, got 21",
+        ]
+
+
+def test_raw_pixels_are_small_whatever_the_view():
+    view = View(224, [0.3] * 3, [0.4] * 3, torch.device("cpu")).raw()
+    assert (view.size, view.mean, view.std) == (64, [0.0] * 3, [1.0] * 3)
+    assert View(28, [0.3], [0.4], torch.device("cpu")).raw().size == 28

@@ -6,17 +6,14 @@ import math
 from functools import partial
 
 import pytest
-import ranks
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import moco_fast
 from bench.eager_moco_v3 import EagerMoCoV3, EagerMoCoV3ViT
-from moco_fast import distributed
-from moco_fast.models import heads, vits
+from moco_fast.models import vits
 from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT, momentum_at
 from moco_fast.models.resnet import small_resnet
 
@@ -60,7 +57,7 @@ def views(batch=12, count=1, dtype=torch.float32):
         yield x1, x1 + 0.3 * draw()
 
 
-def train(model, optimizer, steps=20, batch=12, part=slice(None)):
+def train(model, optimizer, *, steps=20, batch=12, part=slice(None)):
     dtype = next(model.parameters()).dtype
     losses = []
     for step, (x1, x2) in enumerate(views(batch, steps, dtype)):
@@ -115,22 +112,32 @@ def test_twenty_steps_equal_the_official_semantics(kind, optimizer):
         "AdamW": lambda model: moco_fast.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1),
     }[optimizer]
     want_model, model = build(eager, encoder).double(), build(ours, encoder).double()
-    start = model.state_dict()["momentum_encoder.patch_embed.proj.weight"].clone() if kind == "vit" else None
     want, got = train(want_model, make(want_model)), train(model, make(model))
     torch.testing.assert_close(got, want, rtol=1e-8, atol=0)
     assert want[-1] < want[0]
     state = model.state_dict()
     assert_same_state(state, want_model.state_dict(), rtol=1e-7, atol=1e-8)
-    if kind == "vit":  # what is frozen stays, in both encoders
-        for encoder in ("base_encoder", "momentum_encoder"):
-            assert torch.equal(state[f"{encoder}.pos_embed"], vits.sin_cos_positions(2, 16).double())
-            assert torch.equal(state[f"{encoder}.patch_embed.proj.weight"], start)
 
 
-def test_twenty_steps_in_float32(backend):
+def test_what_is_frozen_stays_in_both_encoders():
+    """To the last bit, which an average of two equal numbers need not keep."""
+    model = build(MoCo_ViT, tiny_vit)
+    before = copy.deepcopy(model.state_dict())
+    train(model, sgd(model), steps=5)
+    state = model.state_dict()
+    for encoder in ("base_encoder", "momentum_encoder"):
+        assert torch.equal(state[f"{encoder}.pos_embed"], vits.sin_cos_positions(2, 16))
+        for name in ("weight", "bias"):
+            name = f"{encoder}.patch_embed.proj.{name}"
+            assert torch.equal(state[name], before[name])
+        assert not torch.equal(state[f"{encoder}.cls_token"], before[f"{encoder}.cls_token"])
+
+
+def test_steps_in_float32(backend):
     want_model, model = build(EagerMoCoV3), build()
-    want, got = train(want_model, sgd(want_model)), train(model, sgd(model))
-    rounded = backend == "triton"  # operands in fp16
+    rounded = backend == "triton"  # operands in fp16; its interpreter is slow
+    steps = 4 if rounded else 20
+    want, got = (train(m, sgd(m), steps=steps) for m in (want_model, model))
     torch.testing.assert_close(got, want, rtol=1e-3 if rounded else 1e-5, atol=0)
     assert_same_state(model.state_dict(), want_model.state_dict(), rtol=1e-4, atol=1e-2 if rounded else 1e-5)
 
@@ -236,7 +243,6 @@ def test_eval_changes_nothing():
     model = build().eval()
     before = copy.deepcopy(model.state_dict())
     ((x1, x2),) = views()
-    model.predictor[0].weight.grad = None
     assert torch.equal(model(x1, x2, 0.5), model(x1, x2, 0.5))
     model.features(x1)
     assert unchanged(model, before)
@@ -383,91 +389,3 @@ def test_bad_steps_change_nothing(arguments, error, message, training):
 def test_bad_constructor_arguments(cls, options, error, message):
     with pytest.raises(error, match=message):
         build(cls, **options)
-
-
-@pytest.mark.parametrize(
-    ("dims", "error", "message"),
-    [
-        ([8], ValueError, r"dims must hold those of the input and of the output, got \[8\]"),
-        ([8, 0], ValueError, r"dims\[1\] must be at least 1, got 0"),
-        ([8, 4.0, 2], TypeError, r"dims\[1\] must be an integer, got float 4.0"),
-    ],
-)
-def test_bad_mlps(dims, error, message):
-    with pytest.raises(error, match=message):
-        heads.mlp(dims, last_norm=True)
-
-
-def rank_of_one_process(rank):
-    """Losses and state of two steps' worth of ranks, where no batch norm tells how the batch was cut."""
-    model = build(encoder=partial(TinyNet, norm=False))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            module.eval()
-    each = 12 // distributed.world_size()
-    part = slice(rank * each, (rank + 1) * each)
-    wrapped = DistributedDataParallel(model) if distributed.world_size() > 1 else model
-    return train(wrapped, sgd(model), steps=5, part=part), model.state_dict()
-
-
-def rank_official(rank):
-    """Both models under DDP, batch norm and all, each rank with its own part of the batch."""
-    found = []
-    for cls in (EagerMoCoV3, MoCo_ResNet):
-        model = build(cls)
-        losses = train(
-            DistributedDataParallel(model), sgd(model), steps=5, part=slice(6 * rank, 6 * rank + 6)
-        )
-        found.append((losses, model.state_dict()))
-    model.eval()
-    before = copy.deepcopy(model.state_dict())
-    ((x1, x2),) = views()
-    rows = 3 + rank  # in eval mode nothing is exchanged, so that ranks need not agree
-    assert torch.isfinite(model(x1[:rows], x2[:rows], 0.9)) and unchanged(model, before)
-    return found
-
-
-def rank_disagreement(rank):
-    messages = []
-    for change in ("batch", "m", "T", "dim", "type"):
-        other = rank == 1
-        model = build(dim=8 if other and change == "dim" else 16)
-        before = copy.deepcopy(model.state_dict())
-        model.T = 0.5 if other and change == "T" else 0.3
-        ((x1, x2),) = views(7 if other and change == "batch" else 6)
-        with pytest.raises((distributed.Disagreement, TypeError)) as caught:
-            model(None if other and change == "type" else x1, x2, 0.8 if other and change == "m" else 0.9)
-        assert unchanged(model, before)
-        messages.append(str(caught.value))
-    return messages
-
-
-def test_two_ranks_equal_one_process(tmp_path):
-    found = ranks.run(2, rank_of_one_process, folder=tmp_path)
-    losses, state = rank_of_one_process(0)
-    torch.testing.assert_close(torch.stack([f[0] for f in found]).mean(0), losses, rtol=1e-5, atol=0)
-    for _, got in found:
-        assert_same_state(got, state, rtol=1e-5, atol=1e-6)
-
-
-def test_two_ranks_equal_the_official_scheme(tmp_path):
-    for (want, want_state), (got, state) in ranks.run(2, rank_official, folder=tmp_path):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-        assert_same_state(state, want_state, rtol=1e-4, atol=1e-5)
-
-
-def test_ranks_that_disagree_all_hear_of_it(tmp_path):
-    first, second = ranks.run(2, rank_disagreement, folder=tmp_path)
-    assert first == second
-    for message, words in zip(
-        first,
-        [
-            "x1 must be the same on every rank, got (6, 3, 8, 8) on rank 0, (7, 3, 8, 8) on rank 1",
-            "m must be the same on every rank, got 0.9 on rank 0, 0.8 on rank 1",
-            "T must be the same on every rank, got 0.3 on rank 0, 0.5 on rank 1",
-            "dim must be the same on every rank, got 16 on rank 0, 8 on rank 1",
-            "rank 1: x1 must be a tensor of images (N, ...), got NoneType",
-        ],
-        strict=True,
-    ):
-        assert words in message

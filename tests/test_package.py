@@ -20,11 +20,12 @@ LAYERS = [
     ("native", "kernels"),
     ("checks",),
     ("backends",),
-    ("ops", "doctor"),
+    ("ops", "doctor", "files"),
     ("queue", "norm", "distributed", "optim"),
     ("models", "data"),
     ("evaluate",),
     ("train",),
+    ("study",),
     ("commands",),
     ("cli",),
 ]
@@ -133,14 +134,15 @@ def test_command_sets_the_openmp_policy_before_torch():
 
 
 @pytest.mark.parametrize(
-    "op", ["info_nce", "ema_update_", "enqueue_", "nt_xent", "contrast", "split_batch_norm"]
+    "op", ["info_nce", "ema_update_", "enqueue_", "nt_xent", "contrast", "dino", "split_batch_norm"]
 )
 def test_an_op_has_one_name_everywhere(op):
     """The steps of docs/adding-an-op.md."""
     name, root = op.rstrip("_"), ROOT.parent
     assert op in moco_fast.__all__ and hasattr(torch.ops.moco_fast, op)
     assert hasattr(reference, op) and hasattr(checks, name)
-    paths = [f"tests/test_{name}.py", f"bench/bench_{name}.py", f"kernels/{name}.py"]
+    tests = {"dino": "dino_op"}.get(name, name)  # tests/test_dino.py is of the model
+    paths = [f"tests/test_{tests}.py", f"bench/bench_{name}.py", f"kernels/{name}.py"]
     if op in native.OPS:
         assert hasattr(native, op)
         paths += [f"csrc/{name}.h", f"csrc/{name}_cpu.cpp"]

@@ -12,14 +12,17 @@ from moco_fast.commands.doctor import Doctor
 from moco_fast.commands.finetune import Finetune
 from moco_fast.commands.finetune import defaults as finetune_defaults
 from moco_fast.commands.knn import Knn
+from moco_fast.commands.linear import Linear
 from moco_fast.commands.map import Map
 from moco_fast.commands.presets import Presets
 from moco_fast.commands.pretrain import Pretrain, defaults
+from moco_fast.commands.study import Study
 from moco_fast.distributed import Disagreement
+from moco_fast.evaluate.frozen import BackboneMovedError
 from moco_fast.train.loop import NonFiniteLossError
 from moco_fast.train.processes import PeerFailedError
 
-RUN_ERRORS = (NonFiniteLossError, Disagreement, PeerFailedError)
+RUN_ERRORS = (NonFiniteLossError, Disagreement, PeerFailedError, BackboneMovedError)
 
 DESCRIPTION = """MoCo self-supervised pretraining.
 
@@ -31,10 +34,16 @@ examples:
   moco-fast pretrain --resume runs/NAME           go on where a run stopped
   torchrun --nproc-per-node 8 -m moco_fast.cli pretrain --preset moco-v2 --data imagenet/
                                                   the same on eight GPUs; docs/distributed.md
-  moco-fast knn runs/NAME                         kNN accuracy of a checkpoint
+  moco-fast knn runs/NAME --k 20 200              kNN accuracy of a checkpoint
+  moco-fast knn moco_v2_800ep_pretrain.pth.tar --data imagenet/ --k 200
+                                                  of an official one; torchrun shares out the images
+  moco-fast linear runs/NAME                      accuracy of linear classifiers on frozen features
+  moco-fast linear moco_v2_800ep_pretrain.pth.tar --data imagenet/ --augment True --lr 30
+                                                  by MoCo's protocol to the letter
   moco-fast finetune runs/NAME --labels-fraction 0.1
                                                   train all its weights on a tenth of the labels
   moco-fast map runs/NAME                         draw what its features find alike
+  moco-fast study momentum                        a question answered by a sweep: table and figure
   moco-fast doctor                                what is installed, built and found
 """
 
@@ -47,6 +56,8 @@ def run(argv: Sequence[str]) -> int:
                 Annotated[Pretrain, tyro.conf.subcommand("pretrain", default=Pretrain(defaults(argv)))],
                 Annotated[Presets, tyro.conf.subcommand("presets")],
                 Annotated[Knn, tyro.conf.subcommand("knn")],
+                Annotated[Linear, tyro.conf.subcommand("linear")],
+                Annotated[Study, tyro.conf.subcommand("study")],
                 Annotated[
                     Finetune,
                     tyro.conf.subcommand("finetune", default=Finetune(config=finetune_defaults(argv))),

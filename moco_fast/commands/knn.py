@@ -11,12 +11,12 @@ import tyro
 from rich.console import Console
 
 from moco_fast import checks
-from moco_fast.commands.subject import load_subject
 from moco_fast.commands.tables import knn_table
 from moco_fast.distributed import rank
 from moco_fast.evaluate.features import all_features, own_features, spread
 from moco_fast.evaluate.knn import CHUNK, knn_predict
 from moco_fast.train.processes import joined
+from moco_fast.train.subject import load_subject
 
 
 @dataclass

@@ -3,7 +3,7 @@
 With several processes each takes consecutive rows, cut where batches end: every batch is then computed as
 one process would compute it, and so are the features, bit for bit.
 
-Tests: tests/test_features.py.
+Tests: tests/test_knn.py.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def own_features(
     images: ImageSet,
     rows: Tensor,  # (M,), the same on all processes
     view: View,
-    unit: int = EVALUATION_BATCH,
+    unit: int,
 ) -> Tensor:
     """Features of this process's share of the rows, (share, F): none, where it has none.
 
@@ -107,7 +107,7 @@ def own_features(
 
 def all_features(network: nn.Module, images: ImageSet, rows: Tensor, view: View) -> Tensor:
     """Features of all rows on every process, (M, F), each computed by one of them."""
-    own = own_features(network, images, rows, view)
+    own = own_features(network, images, rows, view, EVALUATION_BATCH)
     if world_size() == 1:
         return own
     parts = [share(len(rows), EVALUATION_BATCH, r) for r in range(world_size())]

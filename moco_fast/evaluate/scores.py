@@ -46,7 +46,7 @@ def confusion(
             f"predicted and labels must be (N,), got {tuple(predicted.shape)} and {tuple(labels.shape)}"
         )
     for name, values in (("predicted", predicted), ("labels", labels)):
-        if len(values) and not (0 <= int(values.min()) and int(values.max()) < classes):
+        if len(values) and not (int(values.min()) >= 0 and int(values.max()) < classes):
             raise ValueError(
                 f"{name} must be in [0, {classes}), got {int(values.min())} to {int(values.max())}"
             )

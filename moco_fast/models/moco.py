@@ -43,9 +43,11 @@ class MoCo(Method, KeyQueue):
             devices; it must divide the batch.
         queue_sync: "global", the keys of all ranks in one queue that is the same everywhere, or "local", a
             queue per rank of that rank's keys, which saves the gathering of keys.
-        symmetric: both views are queries in turn, against the other view's keys and one queue. The loss is the
-            *sum* of both directions, as in the official CIFAR notebook, and the keys of both views are
+        symmetric: both views are queries in turn, against the other view's keys and one queue. The loss is
+            the sum of both directions, as in the official CIFAR notebook, and the keys of both views are
             enqueued, 2N a step. Fused loss only, whose statistics are those of 2N queries.
+        shuffle_bn: shuffle the batch of the keys where batch norm sees parts of it. Without, a key shares its
+            statistics with its query alone, which gives the positive away (He et al. 2020, section 3.3).
 
     Attributes:
         accumulation_steps: forward passes per optimizer step, 1 unless set. The key encoder is updated before
@@ -64,7 +66,7 @@ class MoCo(Method, KeyQueue):
     ENCODER = "encoder_q"
 
     # DDP would otherwise broadcast the queue, 33 MB, in every forward.
-    _ddp_params_and_buffers_to_ignore = ("queue", "queue_ptr")
+    _ddp_params_and_buffers_to_ignore: tuple[str, ...] = ("queue", "queue_ptr")
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class MoCo(Method, KeyQueue):
         bn_splits: int = 1,
         queue_sync: str = "global",
         symmetric: bool = False,
+        shuffle_bn: bool = True,
     ) -> None:
         checks.count("K", K)
         checks.momentum(m)
@@ -95,6 +98,7 @@ class MoCo(Method, KeyQueue):
 
         self.K, self.m, self.T = K, m, T
         self.bn_splits, self.queue_sync, self.symmetric = bn_splits, queue_sync, symmetric
+        self.shuffle_bn = shuffle_bn
         self._waiting: list[list[_Keys]] = []  # what the parts of a step have to enqueue, by direction
         self._accumulation_steps = 1
         self.head = head
@@ -132,7 +136,7 @@ class MoCo(Method, KeyQueue):
             the loss; or logits (N, 1 + K), divided by T, the positive in column 0; labels (N,) int64 zeros.
 
         Raises:
-            ValueError: batches of different size, empty, or larger than K; return_stats, or a symmetric model,
+            ValueError: batches of different size, empty, or larger than K; return_stats or a symmetric model
                 without return_loss.
             Disagreement: on every rank, if ranks were given different batches or options.
             RuntimeError: converted to SyncBatchNorm despite ``bn_splits``.
@@ -234,17 +238,23 @@ class MoCo(Method, KeyQueue):
         self._accumulation_steps = count
 
     def _encode(
-        self, im_q: Tensor, im_k: Tensor, return_loss: bool, return_stats: bool
+        self,
+        im_q: Tensor,
+        im_k: Tensor,
+        return_loss: bool,
+        return_stats: bool,
+        further: Callable[[], dict[str, object]] = dict,  # checks and facts of a subclass
     ) -> tuple[Tensor, Tensor, Callable[[], None]]:
         """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks.
 
         A symmetric model's are (2N, dim): im_q against im_k, then im_k against im_q.
         """
         # Among other neighbours than their queries, unless one device sees all of them.
-        shuffles = distributed.world_size() * self.bn_splits > 1 and sees_neighbours(self.encoder_k)
+        parts = distributed.world_size() * self.bn_splits
+        shuffles = self.shuffle_bn and parts > 1 and sees_neighbours(self.encoder_k)
         steps.agree(
             self,
-            lambda: moco_checks.step(self, im_q, im_k, return_loss, return_stats, shuffles),
+            lambda: moco_checks.step(self, im_q, im_k, return_loss, return_stats, shuffles) | further(),
             getattr(im_k, "device", None),
         )
         directions = [(im_q, im_k), (im_k, im_q)][: 2 if self.symmetric else 1]

@@ -95,10 +95,11 @@ class MoCoV3(Method):
         self.base_encoder = base_encoder(num_classes=dim)
         self.momentum_encoder = base_encoder(num_classes=dim)
         self.head = heads.head_path(self.base_encoder)
-        width = self.base_encoder.get_submodule(self.head).in_features
+        linear = self.base_encoder.get_submodule(self.head)
+        assert isinstance(linear, nn.Linear)
         hidden = [mlp_dim] * (self.PROJECTOR_LAYERS - 1)
         for encoder in (self.base_encoder, self.momentum_encoder):
-            heads.replace(encoder, self.head, heads.mlp([width, *hidden, dim], last_norm=True))
+            heads.replace(encoder, self.head, heads.mlp([linear.in_features, *hidden, dim], last_norm=True))
         self.predictor = heads.mlp([dim, mlp_dim, dim], last_norm=self.PREDICTOR_NORM)
         for base, momentum in zip(
             self.base_encoder.parameters(), self.momentum_encoder.parameters(), strict=True

@@ -22,8 +22,8 @@ class SimSiam(Method):
     """An encoder whose predicted embedding of one view shall be that of the other.
 
     ``loss = -(cos(h(z_1), z_2) + cos(h(z_2), z_1)) / 2`` with z held constant (section 3). The projector has
-    three layers of ``dim``, each with a batch norm, the last of which has no weights, and ReLU between them; the
-    predictor h two, with ``pred_dim`` features in between. No linear layer has a bias.
+    three layers of ``dim``, each with a batch norm, the last of which has no weights, and ReLU between them;
+    the predictor h two, with ``pred_dim`` features in between. No linear layer has a bias.
 
     Args:
         base_encoder: called as ``base_encoder(num_classes=dim)``.
@@ -53,7 +53,7 @@ class SimSiam(Method):
         checks.count("pred_dim", pred_dim)
         self.stop_gradient = stop_gradient
         encoder, self.head = steps.build_encoder(base_encoder, dim)
-        width = encoder.get_submodule(self.head).in_features
+        width: Any = encoder.get_submodule(self.head).in_features
         heads.replace(encoder, self.head, heads.mlp([width, dim, dim, dim], last_norm=True))
         self.encoder = encoder
         self.predictor = heads.mlp([dim, pred_dim, dim], last_norm=False)

@@ -56,9 +56,12 @@ def small_vit(
         patch_size: a quarter of the image, so that there are 4 x 4 patches, unless given.
         num_classes, in_chans, img_size, stop_grad_conv1, kwargs: as in :func:`vit`.
     """
-    patch_size = max(1, checks.count("img_size", img_size) // 4) if patch_size is None else patch_size
-    sizes = {"in_chans": in_chans, "img_size": img_size, "patch_size": patch_size}
-    return vit(96, 4, 4, stop_grad_conv1, num_classes, **sizes, **kwargs)
+    if patch_size is None:
+        patch_size = max(1, checks.count("img_size", img_size) // 4)
+    return vit(
+        96, 4, 4, stop_grad_conv1, num_classes,
+        in_chans=in_chans, img_size=img_size, patch_size=patch_size, **kwargs,
+    )  # fmt: skip
 
 
 def vit(
@@ -98,8 +101,8 @@ def vit(
         raise ValueError(f"img_size must be a multiple of patch_size={patch_size}, got {img_size}")
     if conv_stem and stop_grad_conv1:
         raise ValueError(
-            "stop_grad_conv1 freezes a patch projection, but conv variants have a stem of convolutions in its "
-            "place, which must be trained: leave it out, or take vit_small or vit_base"
+            "stop_grad_conv1 freezes a patch projection, but the conv variants have a stem in its place, "
+            "which must be trained: leave it out, or take vit_small or vit_base"
         )
     if conv_stem and (patch_size & (patch_size - 1) or patch_size == 1):
         raise ValueError(f"patch_size must be a power of 2 above 1 for a stem, got {patch_size}")
@@ -118,8 +121,8 @@ def vit(
     found = None if model.pos_embed is None else tuple(model.pos_embed.shape)
     if found != positions.shape:
         raise ValueError(
-            f"the position embedding must have shape {tuple(positions.shape)}, one class token and every patch; "
-            f"{', '.join(kwargs)} would make it {found}"
+            f"the position embedding must have shape {tuple(positions.shape)}, one class token and every "
+            f"patch; {', '.join(kwargs)} would make it {found}"
         )
     model.pos_embed = nn.Parameter(positions, requires_grad=False)
     nn.init.normal_(model.cls_token, std=1e-6)
@@ -157,7 +160,7 @@ def sin_cos_positions(
     """
     if features % 4:
         raise ValueError(
-            f"embed_dim must be a multiple of 4 for a position in two dimensions, got {features}"
+            f"embed_dim must be a multiple of 4, for two waves in two dimensions, got {features}"
         )
     quarter = features // 4
     frequencies = WAVELENGTH ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -170,7 +173,7 @@ def sin_cos_positions(
 
 
 def _stem(channels: int, features: int, patch_size: int) -> nn.Sequential:
-    """Convolutions that halve the image until a patch is a pixel, doubling the channels up to ``features``."""
+    """Convolutions that halve the image until a patch is a pixel, doubling channels up to ``features``."""
     count = patch_size.bit_length() - 1
     layers: list[nn.Module] = []
     for i in range(count):

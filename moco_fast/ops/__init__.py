@@ -8,6 +8,7 @@ from moco_fast.ops.batch_norm import split_batch_norm
 from moco_fast.ops.distillation import dino
 from moco_fast.ops.ema_update import ema_update_
 from moco_fast.ops.losses import InfoNCEStats, contrast, info_nce, nt_xent
+from moco_fast.ops.multi import multi_info_nce
 from moco_fast.ops.rows import enqueue_, take_rows
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ema_update_",
     "enqueue_",
     "info_nce",
+    "multi_info_nce",
     "nt_xent",
     "split_batch_norm",
     "take_rows",

@@ -104,10 +104,13 @@ def _(student, teacher, prototypes, teacher_prototypes, center, t_s, t_t, precis
 
 def _save(ctx, inputs, output):
     ctx.need_ds, ctx.need_dw = inputs[8:]
+    ctx.set_materialize_grads(False)  # else autograd fills gradients to ds and dw, 64 MB, with zeros
     ctx.save_for_backward(inputs[0], inputs[2], *output[1:])
 
 
 def _scale(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 10
     student, prototypes, ds, dw = ctx.saved_tensors
     ds = _scaled(grad_loss[:, None], ds, student, prototypes) if ctx.need_ds else None
     # dw is that of the sum of the losses: where prototypes want a gradient, only their mean or sum leaves

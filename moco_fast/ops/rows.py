@@ -65,7 +65,7 @@ def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None, o
     if ptr.device.type == "cpu" and not 0 <= ptr.item() < queue.shape[0]:
         raise ValueError(f"ptr must be in [0, {queue.shape[0]}), got {ptr.item()}")
     if order is not None:
-        _check_range("order", order, keys.shape[0])
+        checks.in_range("order", order, keys.shape[0])
     if keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
         keys = keys.clone()  # rows of the queue itself, which would be overwritten while they are read
     backends.choose("enqueue_", (queue, keys)).enqueue_(queue, ptr, keys, mirror, order)
@@ -73,7 +73,7 @@ def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None, o
 
 @torch.library.custom_op("moco_fast::take_rows", mutates_args=())
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
-    _check_range("index", index, x.shape[0])
+    checks.in_range("index", index, x.shape[0])
     x = reference.dense(x)
     return backends.choose("take_rows", (x, index)).take_rows(x, index)
 
@@ -81,9 +81,3 @@ def _take_rows(x: Tensor, index: Tensor) -> Tensor:
 @_take_rows.register_fake
 def _(x, index):
     return reference.empty_rows(x, index.shape[0])
-
-
-def _check_range(name: str, index: Tensor, rows: int) -> None:
-    """Refuse rows that do not exist, where looking costs no wait."""
-    if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < rows:
-        raise ValueError(f"{name} must be in [0, {rows}), got {int(index.min())} to {int(index.max())}")

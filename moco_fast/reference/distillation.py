@@ -47,9 +47,10 @@ def dino(
     s_hat, norm = normalise(student.to(dtype))
     t_hat, _ = normalise(teacher.to(dtype))
 
+    size = max(64, BLOCK_LOGITS // len(student))
+
     def blocks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Prototypes (B, C), and logits of student and teacher (N, B) to them."""
-        size = max(64, BLOCK_LOGITS // len(student))
         parts = (x.split(size) for x in (prototypes, teacher_prototypes, center))
         for w, v, c in zip(*parts, strict=True):
             w = w.to(dtype)
@@ -72,18 +73,19 @@ def dino(
     total_t = (totals_t * lift_t).sum(dim=0)
     loss = total_s.log() + top_s - (crosses * lift_t).sum(dim=0) / total_t
 
-    ds, dw = (loss.new_empty((0, student.shape[1])) for _ in range(2))
+    ds = loss.new_empty((0, student.shape[1]))
+    dw = loss.new_empty((len(prototypes) if need_dw else 0, student.shape[1]))
     if not need_ds and not need_dw:
         return loss, ds, dw
     share_s, share_t = (1 / (student_temperature * total[:, None]) for total in (total_s, total_t))
-    ds_hat, dw_blocks = torch.zeros_like(s_hat), []
-    for w, s, t in blocks():
+    ds_hat = torch.zeros_like(s_hat)
+    for i, (w, s, t) in enumerate(blocks()):
         t.sub_(top_t[:, None]).exp_().mul_(share_t)
         misses = s.sub_(top_s[:, None]).exp_().mul_(share_s).sub_(t)  # (p^s - p^t) / T_s
         if need_ds:
             ds_hat.addmm_(misses, w)
         if need_dw:
-            dw_blocks.append(misses.t() @ s_hat)
+            torch.mm(misses.t(), s_hat, out=dw[i * size : i * size + len(w)])
     if need_ds:
         ds = _through_norm(ds_hat, s_hat, norm)
-    return loss, ds, torch.cat(dw_blocks) if need_dw else dw
+    return loss, ds, dw

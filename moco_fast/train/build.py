@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import distributed
 from moco_fast.data.images import Dataset
-from moco_fast.models.backbones import SMALL_RESNET, backbone
+from moco_fast.models.backbones import ANY_CHANNELS, VITS, backbone
 from moco_fast.models.method import Method
 from moco_fast.optim import LARS, SGD, AdamW
 from moco_fast.train.config import PretrainConfig
@@ -38,7 +39,9 @@ def build_model(config: PretrainConfig, channels: int, facts: Facts) -> Method:
         )
     torch.manual_seed(config.seed)
     size = config.augment.image_size
-    encoder = backbone(config.arch, width=config.width, in_channels=channels)
+    encoder = backbone(config.arch, width=config.width, in_channels=channels, image_size=size)
+    if config.freeze_patch and config.arch in VITS:
+        encoder = partial(encoder, stop_grad_conv1=True)
     model = row.build(encoder, config, facts)
     model.eval()
     try:
@@ -117,7 +120,7 @@ def choose_device(name: str) -> torch.device:
 
 def input_channels(config: PretrainConfig, dataset: Dataset) -> int:
     """Channels that the encoder sees: the dataset's, but torchvision's models always take three."""
-    return dataset.channels if config.arch == SMALL_RESNET else 3
+    return dataset.channels if config.arch in ANY_CHANNELS else 3
 
 
 def fit_to_dataset(config: PretrainConfig, dataset: Dataset, log: Callable[[str], object]) -> PretrainConfig:

@@ -24,8 +24,8 @@ _COUNTS = (
 # Those that not every method uses; None where it does not.
 _OPTIONAL_COUNTS = ("queue_size", "bn_splits", "mlp_dim", "pred_dim", "prototypes")
 OPTIONS = (
-    *_OPTIONAL_COUNTS, "momentum", "temperature", "teacher_temperature", "queue_sync", "symmetric",
-    "nce", "stop_gradient", "freeze_patch",
+    *_OPTIONAL_COUNTS, "momentum", "temperature", "teacher_temperature", "shuffle", "queue_sync",
+    "symmetric", "nce", "stop_gradient", "freeze_patch",
 )  # fmt: skip
 
 _VIEWS = AugmentConfig(
@@ -72,6 +72,8 @@ class PretrainConfig:
     bn_splits: int | None = None
     """Batch-norm statistics over this many parts of a shuffled batch, as on that many devices, however many
     processes there are; 1 leaves every process with the statistics of its own images."""
+    shuffle: bool | None = None
+    """Shuffle the batch of the keys, so that statistics of its parts do not tell which key is whose."""
     queue_sync: Literal["global", "local"] | None = None
     """One queue for all processes, or one for each of its own keys."""
     symmetric: bool | None = None

@@ -341,9 +341,7 @@ def _note(scores: Scores, step: int, epoch: int, recorder: Recorder, display: Di
 def _fit_to(images: int, config: FinetuneConfig, console: Any) -> FinetuneConfig:
     """A batch that the images fill and the processes can share, said where it differs from the config's."""
     if config.batch_size % world_size():
-        raise ValueError(
-            f"batch_size={config.batch_size} must be a multiple of the {world_size()} processes"
-        )
+        raise ValueError(f"batch_size={config.batch_size} must be a multiple of the {world_size()} processes")
     size = min(config.batch_size, images - images % world_size())
     if size == config.batch_size:
         return config

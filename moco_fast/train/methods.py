@@ -13,10 +13,19 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from moco_fast import distributed
+from moco_fast.models.backbones import VITS
+from moco_fast.models.dino import DINO
+from moco_fast.models.end_to_end import EndToEnd
+from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.method import Method
 from moco_fast.models.moco import MoCo
+from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT, momentum_at
+from moco_fast.models.simclr import SimCLR
+from moco_fast.models.simsiam import SimSiam
+from moco_fast.models.sup_moco import SupMoCo
 
 Stats = dict[str, Tensor]
+BaseEncoder = Callable[..., nn.Module]
 Config = Any  # a PretrainConfig, whose options are set, not None, where the method uses them
 
 
@@ -43,7 +52,7 @@ class Row:
 
     about: str
     """What it is, and where it was published."""
-    build: Callable[[Callable[..., nn.Module], Config, Facts], Method]
+    build: Callable[[BaseEncoder, Config, Facts], Method]
     """From a base encoder and the config to the model."""
     step: Callable[[nn.Module, Views, Config, float], tuple[Tensor, Stats]]
     """Call the model (or what wraps it) on the views, at this part of the run, 0 to 1: loss and stats."""
@@ -61,11 +70,13 @@ class Row:
     needs_labels: bool = False
 
 
-def _moco(encoder: Callable[..., nn.Module], config: Config, facts: Facts, **options: Any) -> MoCo:
-    model = MoCo(
+def _moco(
+    encoder: BaseEncoder, config: Config, facts: Facts, *, kind: Callable[..., MoCo] = MoCo, **options: Any
+) -> MoCo:
+    model = kind(
         encoder, config.dim, config.queue_size, config.momentum, config.temperature,
         bn_splits=max(1, config.bn_splits // distributed.world_size()), queue_sync=config.queue_sync,
-        **options,
+        shuffle_bn=config.shuffle, symmetric=config.symmetric or False, **options,
     )  # fmt: skip
     model.accumulation_steps = config.accumulation
     return model
@@ -77,37 +88,148 @@ def _moco_step(model: nn.Module, views: Views, config: Config, progress: float) 
     return loss, {"pos_sim": stats.pos.mean(), "neg_sim": stats.neg.mean(), "acc1": hits}
 
 
-def _keys_per_image(config: Config) -> int:
-    return 2 if config.symmetric else 1
+def _sup_moco(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return _moco(encoder, config, facts, kind=SupMoCo, mlp=True, classes=facts.classes)
+
+
+def _sup_moco_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
+    return model(views.first, views.second, views.labels, return_stats=True)
+
+
+def _moco_v3(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    kind = MoCo_ViT if config.arch in VITS else MoCo_ResNet
+    return kind(encoder, config.dim, config.mlp_dim, config.temperature)
+
+
+def _moco_v3_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
+    m = momentum_at(progress, config.momentum)
+    return model(views.first, views.second, m, return_stats=True)
+
+
+def _two_views(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
+    return model(views.first, views.second, return_stats=True)
+
+
+def _end_to_end(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return EndToEnd(encoder, config.dim, config.temperature)
+
+
+def _memory_bank(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return MemoryBank(
+        encoder, facts.images, config.dim, config.queue_size, config.temperature, config.momentum,
+        loss="nce" if config.nce else "info_nce",
+    )  # fmt: skip
+
+
+def _memory_bank_step(
+    model: nn.Module, views: Views, config: Config, progress: float
+) -> tuple[Tensor, Stats]:
+    return model(views.first, views.indices, return_stats=True)
+
+
+def _simclr(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return SimCLR(encoder, config.dim, config.temperature)
+
+
+def _simsiam(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return SimSiam(encoder, config.dim, config.pred_dim, config.stop_gradient)
+
+
+def _dino(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
+    return DINO(
+        encoder, config.dim, config.prototypes, config.mlp_dim, config.temperature, config.teacher_temperature
+    )
+
+
+def _dino_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
+    m = momentum_at(progress, config.momentum)
+    return model(views.first, views.second, m, return_stats=True)
 
 
 def _positive_and_queue(config: Config) -> int:
     return config.queue_size + 1
 
 
-_QUEUE = {
-    "queue_size": 4096,
-    "momentum": 0.99,
-    "temperature": 0.2,
-    "bn_splits": 1,
+def _others_of_the_batch(config: Config) -> int:
+    return config.batch_size
+
+
+_QUEUE: dict[str, Any] = {
+    "queue_size": 4096, "momentum": 0.99, "temperature": 0.2, "bn_splits": 1, "shuffle": True,
     "queue_sync": "global",
-    "symmetric": False,
-}
+}  # fmt: skip
+
 METHODS: dict[str, Row] = {
     "moco-v1": Row(
         "momentum contrast with a linear head; He et al. 2020",
         _moco,
         _moco_step,
-        _QUEUE | {"temperature": 0.07},
+        _QUEUE | {"temperature": 0.07, "symmetric": False},
         chance=_positive_and_queue,
-        keys_per_image=_keys_per_image,
+        keys_per_image=lambda config: 2 if config.symmetric else 1,
     ),
     "moco-v2": Row(
         "with a projection MLP; Chen et al. 2020, Improved Baselines",
         partial(_moco, mlp=True),
         _moco_step,
+        _QUEUE | {"symmetric": False},
+        chance=_positive_and_queue,
+        keys_per_image=lambda config: 2 if config.symmetric else 1,
+    ),
+    "moco-v3": Row(
+        "keys of the batch, a predictor, both directions; Chen et al. 2021",
+        _moco_v3,
+        _moco_v3_step,
+        {"momentum": 0.99, "temperature": 0.2, "mlp_dim": 512, "freeze_patch": False},
+        in_batch=True,
+    ),
+    "sup-moco": Row(
+        "MoCo v2 whose positives are all keys of the same class; Khosla et al. 2020",
+        _sup_moco,
+        _sup_moco_step,
         _QUEUE,
         chance=_positive_and_queue,
-        keys_per_image=_keys_per_image,
+        keys_per_image=lambda config: 1,
+        needs_labels=True,
     ),
-}
+    "end-to-end": Row(
+        "keys of the batch, with gradient to them; He et al. 2020, figure 2a",
+        _end_to_end,
+        _two_views,
+        {"temperature": 0.07},
+        chance=_others_of_the_batch,
+        in_batch=True,
+    ),
+    "memory-bank": Row(
+        "a row for every image, its average over the epochs; Wu et al. 2018",
+        _memory_bank,
+        _memory_bank_step,
+        {"queue_size": 4096, "momentum": 0.5, "temperature": 0.07, "nce": False},
+        chance=_positive_and_queue,
+    ),
+    "simclr": Row(
+        "every view against all others of the batch; Chen et al. 2020",
+        _simclr,
+        _two_views,
+        {"temperature": 0.2},
+        chance=lambda config: 2 * config.batch_size - 1,
+        in_batch=True,
+    ),
+    "simsiam": Row(
+        "no negatives: a predictor and a stop-gradient; Chen and He 2021",
+        _simsiam,
+        _two_views,
+        {"pred_dim": 128, "stop_gradient": True},
+        {"dim": 512},
+    ),
+    "dino": Row(
+        "a teacher's assignment to prototypes, centred and sharpened; Caron et al. 2021",
+        _dino,
+        _dino_step,
+        {
+            "momentum": 0.99, "temperature": 0.1, "teacher_temperature": 0.04, "mlp_dim": 512,
+            "prototypes": 4096,
+        },
+        chance=lambda config: config.prototypes,
+    ),
+}  # fmt: skip

@@ -30,6 +30,32 @@ _IMAGENET_V2 = replace(
     _IMAGENET_V1, method="moco-v2", temperature=0.2, schedule="cosine", augment=AugmentConfig(image_size=224)
 )
 
+_V3_VIEW = AugmentConfig(image_size=224, jitter=(0.4, 0.4, 0.2, 0.1), blur_p=1.0)
+_V3 = replace(
+    _IMAGENET_V2.with_method("moco-v3"), epochs=100, batch_size=4096, dim=256, mlp_dim=4096, momentum=0.99,
+    temperature=1.0, optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
+    augment=_V3_VIEW, augment_second=replace(_V3_VIEW, blur_p=0.1, solarize_p=0.2),
+)  # fmt: skip
+_V3_VIT = replace(
+    _V3, arch="vit_small", epochs=300, temperature=0.2, optimizer="adamw", lr=1.5e-4, weight_decay=0.1,
+    warmup_epochs=40, freeze_patch=True,
+    augment=replace(_V3_VIEW, crop_scale=(0.08, 1.0)),
+    augment_second=replace(_V3_VIEW, crop_scale=(0.08, 1.0), blur_p=0.1, solarize_p=0.2),
+)  # fmt: skip
+
+_CIFAR10 = replace(
+    _IMAGENET_V2, method="moco-v1", data="cifar10", arch="cifar_resnet18", batch_size=512, queue_size=4096,
+    momentum=0.99, temperature=0.1, bn_splits=8, lr=0.06, lr_batch_size=512, weight_decay=5e-4, knn_k=200,
+    knn_bank=50_000, augment=AugmentConfig(image_size=32, crop_scale=(0.08, 1.0), blur_p=0.0), bf16=False,
+)  # fmt: skip
+_CIFAR10_SYMMETRIC = replace(_CIFAR10, symmetric=True)
+
+# Its loss is the mean of both directions, this library's their sum: half the rate and twice the decay.
+_IMAGENET_100 = replace(
+    _IMAGENET_V2, data="imagenet100", symmetric=True, arch="resnet18", temperature=0.07, lr=0.015,
+    weight_decay=2e-4, augment=AugmentConfig(image_size=224, crop_scale=(0.08, 1.0)), knn_bank=130_000,
+)  # fmt: skip
+
 _HERE = "this library, two cores, one seed"
 _V1_PAPER, _V2_PAPER = "He et al. 2020", "Chen et al. 2020"
 _V3_AUTHORS, _NOTEBOOK = "the authors of MoCo v3", "the authors' CIFAR-10 notebook"
@@ -55,11 +81,45 @@ PRESETS: dict[str, Preset] = {
     "moco-v2-800": Preset(
         replace(_IMAGENET_V2, epochs=800), "ImageNet, 800 epochs", "linear 71.1 %", _V2_PAPER
     ),
+    "moco-v3": Preset(_V3, "ImageNet, ResNet-50, 100 epochs", "linear 68.9 %", _V3_AUTHORS),
+    "moco-v3-300": Preset(
+        replace(_V3, epochs=300, lr=0.3), "ImageNet, ResNet-50, 300 epochs", "linear 72.8 %", _V3_AUTHORS
+    ),
+    "moco-v3-1000": Preset(
+        replace(_V3, epochs=1000, lr=0.3, weight_decay=1.5e-6, momentum=0.996),
+        "ImageNet, ResNet-50, 1000 epochs", "linear 74.6 %", _V3_AUTHORS,
+    ),
+    "moco-v3-vit-s": Preset(
+        _V3_VIT, "ImageNet, ViT-S, 300 epochs", "linear 73.2 %, fine-tuned 81.4 %", _V3_AUTHORS
+    ),
+    "moco-v3-vit-b": Preset(
+        replace(_V3_VIT, arch="vit_base"),
+        "ImageNet, ViT-B, 300 epochs", "linear 76.7 %, fine-tuned 83.2 %", _V3_AUTHORS,
+    ),
+    **{
+        f"cifar10-{epochs}": Preset(
+            replace(_CIFAR10, epochs=epochs), f"CIFAR-10, {epochs} epochs", f"kNN {reached} %", _NOTEBOOK
+        )
+        for epochs, reached in ((200, 82.6), (400, 86.3), (800, 88.7))
+    },
+    **{
+        f"cifar10-symmetric-{epochs}": Preset(
+            replace(_CIFAR10_SYMMETRIC, epochs=epochs),
+            f"CIFAR-10, symmetric, {epochs} epochs", f"kNN {reached} %", _NOTEBOOK,
+        )
+        for epochs, reached in ((200, 85.3), (400, 88.5), (800, 89.7))
+    },
+    "imagenet100": Preset(
+        _IMAGENET_100, "ImageNet-100, ResNet-18, symmetric, 200 epochs",
+        "kNN 56.0 %, 1314 min, 13.1 GB", "lightly's benchmark",
+    ),
 }  # fmt: skip
 
 _OF_DATA = {
     "fashion-mnist": "fashion-mnist",
     "digits": "digits",
+    "cifar10": "cifar10-200",
+    "cifar100": "cifar10-200",
 }
 
 

@@ -1,0 +1,74 @@
+"""The command ``moco-fast study``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+
+from moco_fast import checks
+from moco_fast.distributed import rank
+from moco_fast.files import write_text
+from moco_fast.study.figure import markdown, plot_study
+from moco_fast.study.plans import STUDIES
+from moco_fast.study.sweep import run_sweep
+
+if TYPE_CHECKING:
+    StudyName = str
+else:  # so that the command line lists them
+    StudyName = Literal[tuple(STUDIES)]
+
+
+@dataclass
+class Study:
+    """Answer a question by a sweep of runs, with a table and a figure; goes on where it was stopped.
+
+    methods compares all methods, dictionary the number of negatives (figure 3 of the MoCo paper), momentum
+    that of the key encoder, temperature T, shuffle shuffled with plain batch norm, batch-size MoCo v3's.
+    """
+
+    name: tyro.conf.Positional[StudyName]
+    """Which."""
+    scale: Literal["small", "full"] = "small"
+    """Fashion-MNIST on a CPU, minutes; or the published setting, for GPUs."""
+    data: str | None = None
+    """Dataset or directory of images; default: that of the scale."""
+    epochs: int | None = None
+    """Epochs of every run; default: that of the scale."""
+    seeds: int = 1
+    """Seeds of every point: 0, 1, ..."""
+    out: Path | None = None
+    """Folder of the study; default: studies/NAME-SCALE. Gets a folder per run, results.csv, table.md and
+    figure.png."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:1"."""
+
+    def run(self) -> int:
+        """Returns the exit status."""
+        checks.count("seeds", self.seeds)
+        study = STUDIES[self.name]
+        changes: dict[str, object] = {"device": self.device}
+        if self.data is not None:
+            changes["data"] = self.data
+        if self.epochs is not None:
+            changes["epochs"] = checks.count("epochs", self.epochs)
+        points = study.small() if self.scale == "small" else study.full()
+        points = [replace(p, config=replace(p.config, **changes)) for p in points]  # type: ignore[arg-type]
+        out = self.out or Path("studies") / f"{self.name}-{self.scale}"
+        console = Console()
+        console.print(f"{study.question} ({study.source}.) {len(points)} settings x {self.seeds}, in {out}")
+        sweep = run_sweep(points, range(self.seeds), out, console)
+        if sweep.interrupted:
+            console.print(f"Stopped after {len(sweep.rows)} runs. The same command goes on.")
+            return 128 + sweep.interrupted
+        if rank() == 0:
+            table = markdown(study, sweep.rows)
+            write_text(out / "table.md", table)
+            plot_study(study, sweep.rows, out, out / "figure.png")
+            console.print(Markdown(table))
+            console.print(f"results.csv, table.md and figure.png are in {out}")
+        return 0

@@ -1,0 +1,126 @@
+"""MoCo with labels: the rows of the queue that have a query's label are its positives too.
+
+Source: He et al. 2020, "Momentum Contrast", with the loss of Khosla et al.
+2020, "Supervised Contrastive Learning", equation 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco_fast import checks, distributed, ops
+from moco_fast.models.moco import MoCo
+
+
+class SupMoCo(MoCo):
+    """A :class:`moco_fast.MoCo` whose queue knows the labels of its keys.
+
+    Args:
+        base_encoder, dim, K, m, T, mlp, options: those of MoCo.
+        classes: how many there are; labels are in [-1, classes), -1 for an image whose label is unknown.
+
+    Attributes:
+        queue_labels: (K,) int64, in the state dict beside the queue; -1 of the random keys it starts with.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, named.
+
+    Example:
+        >>> model = SupMoCo(torchvision.models.resnet50, 128, 65536, classes=1000)
+        >>> loss = model(view_1, view_2, labels)
+    """
+
+    queue_labels: Tensor
+
+    _ddp_params_and_buffers_to_ignore = (*MoCo._ddp_params_and_buffers_to_ignore, "queue_labels")
+
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        T: float = 0.07,
+        mlp: bool = False,
+        *,
+        classes: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(base_encoder, dim, K, m, T, mlp, **options)
+        self.classes = checks.count("classes", classes)
+        self.register_buffer("queue_labels", torch.full((K,), -1))
+        self._labels: list[Tensor] = []  # of the keys that wait for the end of the step
+
+    def forward(  # type: ignore[override]  # labels are what makes it another model
+        self,
+        im_q: Tensor,  # (N, ...)
+        im_k: Tensor,  # (N, ...)
+        labels: Tensor,  # (N,) int64
+        *,
+        return_stats: bool = False,
+    ) -> Any:
+        """The fused loss with several positives; a step in all else that of MoCo.
+
+        Args:
+            im_q: views for the query encoder.
+            im_k: views for the key encoder.
+            labels: class of every image.
+            return_stats: also return the statistics, of the image's own key and all rows of the queue; a
+                second pass over the queue.
+
+        Returns:
+            The mean loss, of a symmetric model the sum of both directions'; with ``return_stats`` also the
+            statistics.
+
+        Raises:
+            TypeError, ValueError: as of MoCo; labels not int64, not one for each image, or, on a CPU, out of
+                range.
+            Disagreement: on every rank, if ranks were given different things.
+        """
+        q, k, enqueue = self._encode(
+            im_q, im_k, return_loss=True, return_stats=return_stats,
+            further=lambda: self._label_facts(im_q, labels),
+        )  # fmt: skip
+        directions = 2 if self.symmetric else 1
+        loss = directions * ops.multi_info_nce(
+            q, k, self.negatives, self.T,
+            labels=labels.repeat(directions), queue_labels=self.queue_labels, classes=self.classes,
+        )  # fmt: skip
+        stats = {}
+        if return_stats:
+            _, found = ops.info_nce(q.detach(), k, self.negatives, self.T, return_stats=True)
+            hits = (found.rank == 0).to(found.pos.dtype)
+            stats = {"pos_sim": found.pos.mean(), "neg_sim": found.neg.mean(), "acc1": hits.mean()}
+        if self.training:
+            everywhere = self.queue_sync == "global"
+            self._labels.append(distributed.all_gather_rows(labels) if everywhere else labels)
+        enqueue()
+        return (loss, stats) if return_stats else loss
+
+    def loss(self, *arguments: Any, **options: Any) -> Any:
+        """MoCo's, which has no labels; call the model instead.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("SupMoCo has no loss without labels: call the model, model(im_q, im_k, labels)")
+
+    def enqueue_(self, keys: Tensor, order: Tensor | None = None) -> None:
+        """Replace the oldest keys and their labels; keys from outside a step have none."""
+        labels = torch.cat(self._labels) if self._labels else self.queue_labels.new_full((len(keys),), -1)
+        slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
+        super().enqueue_(keys, order)
+        self.queue_labels.index_copy_(0, slots, labels)
+
+    def end_step(self) -> None:
+        """Enqueue what waits, with its labels."""
+        super().end_step()
+        self._labels = []
+
+    def _label_facts(self, im_q: Tensor, labels: Tensor) -> dict[str, object]:
+        checks.in_range("labels", checks.per_row("labels", labels, "im_q", im_q), self.classes, start=-1)
+        return {"classes": self.classes, "labels": tuple(labels.shape)}

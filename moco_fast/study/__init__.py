@@ -1,0 +1,1 @@
+"""Sweeps that answer a question: which points, running them, table and figure."""

@@ -1,0 +1,144 @@
+"""Studies: run, resumed, summarised and drawn."""
+
+import math
+import signal
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from moco_fast.commands import run as command
+from moco_fast.data.augment import AugmentConfig
+from moco_fast.study import figure, plans, sweep
+from moco_fast.study.results import Row, read_rows, summarise, write_rows
+from moco_fast.train.config import PretrainConfig
+from moco_fast.train.methods import METHODS
+
+TINY = PretrainConfig(
+    data="digits", epochs=1, batch_size=256, width=8, dim=16, queue_size=512, log_every=1, knn_every=10**9,
+    knn_bank=200, augment=AugmentConfig(image_size=8), threads=1, warmup_epochs=0.0,
+)  # fmt: skip
+POINTS = [plans.Point("MoCo", m, replace(TINY, momentum=m)) for m in (0.0, 0.9)]
+STUDY = plans.Study("How slow?", "here", "momentum m", lambda: POINTS, lambda: POINTS)
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    return out, sweep.run_sweep(POINTS, range(2), out, QUIET)
+
+
+def test_rows_of_every_point_and_seed(swept):
+    out, result = swept
+    assert result.interrupted == 0 and read_rows(out) != []
+    assert [(row.x, row.seed) for row in result.rows] == [(0.0, 0), (0.9, 0), (0.0, 1), (0.9, 1)]
+    for row in result.rows:
+        assert (
+            0 < row.knn <= 1 and 0 < row.linear <= 1 and row.loss > 0 and not row.collapsed and not row.note
+        )
+        assert (out / row.folder / "checkpoint.pth").exists()
+    assert {row.linear_random_init for row in result.rows if row.seed == 0} != {math.nan}
+    assert set(read_rows(out)) == set(result.rows)
+
+
+def test_what_is_done_is_not_done_again(swept, monkeypatch):
+    out, result = swept
+    monkeypatch.setattr(sweep, "pretrain", None)
+    assert sweep.run_sweep(POINTS, range(2), out, QUIET) == result
+
+
+def test_other_settings_in_the_same_folder_are_refused(swept):
+    out, _ = swept
+    points = [replace(POINTS[0], config=replace(POINTS[0].config, lr=0.5))]
+    with pytest.raises(ValueError, match=r"has other settings, lr was 0.06 and is 0.5: choose another --out"):
+        sweep.run_sweep(points, [0], out, QUIET)
+
+
+def test_a_stopped_sweep_goes_on(tmp_path, monkeypatch):
+    begun = []
+    whole = sweep.pretrain
+
+    def stopping(config, folder, **options):
+        begun.append(folder.name)
+        if len(begun) == 2:
+            outcome = whole(config, folder, **options)
+            return replace(outcome, interrupted=signal.SIGTERM)
+        return whole(config, folder, **options)
+
+    monkeypatch.setattr(sweep, "pretrain", stopping)
+    stopped = sweep.run_sweep(POINTS, [0], tmp_path, QUIET)
+    assert stopped.interrupted == signal.SIGTERM and len(stopped.rows) == 1
+    monkeypatch.setattr(sweep, "pretrain", whole)
+    assert len(sweep.run_sweep(POINTS, [0], tmp_path, QUIET).rows) == 2
+
+
+def row(series, seed, knn, **changes):
+    values = {
+        "x": None, "knn_random_init": 0.5, "knn_raw_pixels": 0.6, "linear": knn, "linear_random_init": 0.5,
+        "linear_raw_pixels": 0.6, "loss": 1.0, "spread": 1.0, "rank": 9.0, "collapsed": False, "note": "",
+        "seconds": 1.0, "folder": "",
+    }  # fmt: skip
+    return Row(series=series, seed=seed, knn=knn, **(values | changes))
+
+
+def test_verdicts():
+    rows = [
+        *(row("good", seed, 0.7 + 0.01 * seed) for seed in range(3)),
+        *(row("noisy", seed, 0.5 + 0.05 * (seed - 0.8)) for seed in range(3)),
+        *(row("fallen", seed, 0.4, collapsed=True, spread=0.01) for seed in range(3)),
+        row("burst", 0, math.nan, note="diverged: not finite at step 3"),
+    ]
+    found = {line.series: line for line in summarise(rows)}
+    assert found["good"].verdict == "yes" and str(found["good"].knn) == "71.0 ± 1.0"
+    assert found["noisy"].verdict == "no: not better than untrained by more than the spread"
+    assert found["fallen"].verdict == "no: 3 of 3 collapsed (spread 0.01, rank 9.0)"
+    assert found["burst"].verdict == "no: diverged: not finite at step 3" and str(found["burst"].knn) == "-"
+
+
+def test_rows_survive_the_file(tmp_path):
+    rows = [row("a, b", 0, math.nan, note='said "no"'), row("c", 1, 0.25, x=0.999)]
+    write_rows(tmp_path, rows)
+    assert str(read_rows(tmp_path)) == str(rows)
+    (tmp_path / "results.csv").write_text("series,x\na,1\n")
+    with pytest.raises(ValueError, match="not a result of this version"):
+        read_rows(tmp_path)
+
+
+def test_figures(swept, tmp_path):
+    out, result = swept
+    figure.plot_study(STUDY, result.rows, out, tmp_path / "axis.png")
+    beside = replace(STUDY, axis=None)
+    rows = [replace(r, series=f"m = {r.x}", x=None) for r in result.rows]
+    figure.plot_study(beside, rows, out, tmp_path / "beside.png")
+    for name in ("axis.png", "beside.png"):
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 10
+    table = figure.markdown(STUDY, result.rows)
+    assert table.count("\n") == 2 + 2 + 2 and "| MoCo | 0.9 |" in table
+
+
+@pytest.mark.parametrize("name", plans.STUDIES)
+def test_plans(name):
+    study = plans.STUDIES[name]
+    for points in (study.small(), study.full()):
+        keys = [(point.series, point.x) for point in points]
+        assert len(set(keys)) == len(keys) >= 3
+        assert len({sweep._name(point, 0) for point in points}) == len(points)
+        assert all((point.x is not None) == (study.axis is not None) for point in points)
+    assert all(point.config.data == "fashion-mnist" for point in study.small())
+
+
+def test_all_methods_are_compared():
+    assert {point.config.method for point in plans.STUDIES["methods"].small()} == set(METHODS)
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(plans.STUDIES, "momentum", STUDY)
+    out = tmp_path / "out"
+    assert command(["study", "momentum", "--out", str(out)]) == 0
+    assert {"results.csv", "table.md", "figure.png"} <= {path.name for path in out.iterdir()}
+    assert "How slow?" in capsys.readouterr().out
+    assert command(["study", "momentum", "--out", str(out), "--seeds", "0"]) == 1
+    assert "seeds must be at least 1, got 0" in capsys.readouterr().err
