@@ -66,7 +66,9 @@ def test_found_in_every_place(name, count, where, tmp_path, monkeypatch):
 
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     lines = []
-    with pytest.raises(FileNotFoundError, match=r"downloading is off: put cifar-10-python\.tar\.gz from http"):
+    with pytest.raises(
+        FileNotFoundError, match=r"downloading is off: put cifar-10-python\.tar\.gz from http"
+    ):
         load_dataset("cifar10", canvas=32, download=False, log=lines.append)
     assert not lines
     monkeypatch.setattr(download, "run", lambda *_: "no route to host")

@@ -48,7 +48,9 @@ def texts(axes):
 
 
 def test_numbers_are_percent_of_the_row(tmp_path, figures):
-    plot_confusion(COUNTS, ("cat", "dog", "a very long name of an animal"), tmp_path / "c.png", "pets, a model")
+    plot_confusion(
+        COUNTS, ("cat", "dog", "a very long name of an animal"), tmp_path / "c.png", "pets, a model"
+    )
     (axes,) = figures[0].axes
     assert texts(axes) == ["80", "20", "50", "10", "40"]
     assert [text.get_position() for text in axes.texts] == [(0, 0), (1, 0), (0, 2), (1, 2), (2, 2)]

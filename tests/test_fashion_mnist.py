@@ -109,9 +109,7 @@ def test_mnist_under_the_same_names_is_refused(tmp_path):
 
 def test_fallback_to_digits_says_why(monkeypatch):
     commands, lines = [], []
-    monkeypatch.setattr(
-        download, "run", lambda command, _: commands.append(command) or "no route to host"
-    )
+    monkeypatch.setattr(download, "run", lambda command, _: commands.append(command) or "no route to host")
     monkeypatch.setattr(fashion_mnist.shutil, "which", lambda _: "/usr/bin/apt-get")
     monkeypatch.setattr(fashion_mnist.os, "geteuid", lambda: 0)
     dataset = load_dataset("fashion-mnist", canvas=32, log=lines.append)

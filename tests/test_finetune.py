@@ -47,9 +47,7 @@ def write_pretrained(path, arch="small_resnet", data="digits"):
     config = PretrainConfig(data=data, arch=arch, width=8, dim=16, augment=AugmentConfig(image_size=8))
     state = {f"module.encoder_q.{name}": value for name, value in network.state_dict().items()}
     extras = {"config": config.to_dict(), "channels": 1, "mean": [0.3], "std": [0.4]}
-    torch.save(
-        {"epoch": 1, "arch": arch, "state_dict": state, "optimizer": {}, "moco_fast": extras}, path
-    )
+    torch.save({"epoch": 1, "arch": arch, "state_dict": state, "optimizer": {}, "moco_fast": extras}, path)
     return path
 
 
@@ -92,7 +90,7 @@ def test_it_learns_and_leaves_a_run_folder(unbroken):
 
 
 def test_the_checkpoint_is_that_of_the_scores(unbroken):
-    """Logits of the file, computed here, give the scores; and its backbone can be evaluated like any other."""
+    """Logits of the file, computed here, give the scores; its backbone can be evaluated like any other."""
     folder, outcome = unbroken
     saved = torch.load(folder / "checkpoint.pth", weights_only=True)
     network = backbone("small_resnet", width=8, in_channels=1)(num_classes=10).eval()
@@ -127,13 +125,24 @@ def test_stop_and_resume_is_bit_equal(start, unbroken, tmp_path, monkeypatch, st
     ended = run(tmp_path / "run", resume=True)
     assert ended.step == STEPS and ended.scores.loss == unbroken[1].scores.loss
     # The record at the stop cuts a mean in two; those after it, and all accuracies, are the same.
-    mine, wanted = ([r for r in metrics(path) if r["step"] > stop_at + 5] for path in (tmp_path / "run", unbroken[0]))
+    mine, wanted = (
+        [r for r in metrics(path) if r["step"] > stop_at + 5] for path in (tmp_path / "run", unbroken[0])
+    )
     assert mine == wanted
     a, b = checkpoint.read(tmp_path / "run"), checkpoint.read(unbroken[0])
     for name, value in a["state_dict"].items():
         assert torch.equal(value, b["state_dict"][name]), name
     for index, state in a["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
+
+
+def test_restart_goes_on_where_there_is_a_checkpoint(start, tmp_path):
+    config = replace(TINY, epochs=1, labels_fraction=0.1)
+    first = run(tmp_path / "run", config, checkpoint=start, resume="auto")
+    before = metrics(tmp_path / "run")
+    again = run(tmp_path / "run", config, checkpoint=start, resume="auto")
+    assert first.step == again.step == 2 and metrics(tmp_path / "run") == before
+    assert first.scores.loss == again.scores.loss
 
 
 def test_resume_of_a_finished_run_measures_it_again(unbroken):
@@ -148,7 +157,9 @@ def test_from_scratch_begins_with_other_weights(start, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "moco_fast.train.finetune.parameter_groups",
-        lambda model, *more: seen.append(model.encoder.conv1.weight.detach().clone()) or parameter_groups(model, *more),
+        lambda model, *more: (
+            seen.append(model.encoder.conv1.weight.detach().clone()) or parameter_groups(model, *more)
+        ),
     )
     short = replace(TINY, epochs=1, labels_fraction=0.1)
     run(tmp_path / "a", short, checkpoint=start)
@@ -202,7 +213,9 @@ def test_random_view_is_a_view_of_two_crops():
     assert torch.equal(random_view(images, config, mean, std, torch.Generator().manual_seed(4)), first)
     half = random_view(images[3:], config, mean, std, torch.Generator().manual_seed(4), part=(1, 2))
     assert half.shape == (3, 3, 7, 7)
-    torch.testing.assert_close(half, random_view(images, config, mean, std, torch.Generator().manual_seed(4))[3:])
+    torch.testing.assert_close(
+        half, random_view(images, config, mean, std, torch.Generator().manual_seed(4))[3:]
+    )
 
 
 def scales(groups, model):
@@ -244,7 +257,13 @@ def test_two_processes_train_as_one(tmp_path):
     """A transformer, whose normalisation does not depend on who else is in the batch."""
     write_pretrained(tmp_path / "vit.pth", "small_vit")
     config = FinetuneConfig(
-        optimizer="adamw", layer_decay=0.7, epochs=1, batch_size=256, threads=1, log_every=1, warmup_epochs=0.0
+        optimizer="adamw",
+        layer_decay=0.7,
+        epochs=1,
+        batch_size=256,
+        threads=1,
+        log_every=1,
+        warmup_epochs=0.0,
     )
     run(tmp_path / "one", config, checkpoint=tmp_path / "vit.pth")
     options = [

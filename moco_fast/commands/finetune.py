@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -18,7 +18,7 @@ from moco_fast.distributed import from_rank_0, rank
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.finetune import FinetuneOutcome, finetune
 from moco_fast.train.finetune_config import FinetuneConfig
-from moco_fast.train.processes import joined
+from moco_fast.train.processes import joined, may_restart, restarted
 
 
 @dataclass
@@ -50,6 +50,13 @@ class Finetune:
             raise ValueError(
                 f"out must be left out with --resume, which goes on in its own folder; got {self.out}"
             )
+        if may_restart() and not (self.resume or self.out):
+            raise ValueError(
+                "out must be given where torchrun may restart a run, so that it finds its checkpoint"
+            )
+        resume: bool | Literal["auto"] = self.resume is not None
+        if restarted() and not resume:
+            resume = "auto"
         config, console = self.config, Console()
         if config.data is not None:
             config = replace(config, data=absolute(config.data))
@@ -62,9 +69,7 @@ class Finetune:
                 out = Path("runs") / from_rank_0(f"finetune-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
             elif out.is_file():
                 out = out.parent
-            outcome = finetune(
-                config, out, checkpoint=self.checkpoint, resume=self.resume is not None, console=console
-            )
+            outcome = finetune(config, out, checkpoint=self.checkpoint, resume=resume, console=console)
             speaks = rank() == 0
         if outcome.interrupted:
             return 128 + outcome.interrupted  # as a shell reports a process that a signal ended

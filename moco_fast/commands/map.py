@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -25,7 +24,7 @@ class Map:
     """Draw what a checkpoint finds alike: a t-SNE map of its features, and nearest neighbours of some images.
 
     examples:
-      moco-fast map runs/NAME                                             embedding.png and neighbours.png there
+      moco-fast map runs/NAME                               embedding.png and neighbours.png in that folder
       moco-fast map moco_v2_800ep_pretrain.pth.tar --data imagenet/val --out v2.png
     """
 
@@ -69,7 +68,7 @@ class Map:
             heading=f"{dataset.name}, {subject.arch}, {subject.method}",
         )  # fmt: skip
         probe = KnnProbe(
-            dataset, image_size=subject.image_size, mean=subject.mean, std=subject.std, device=torch.device(device),
+            dataset, image_size=subject.image_size, mean=subject.mean, std=subject.std, device=device,
             k=1, bank=BANK, workers=self.workers,
         )  # fmt: skip
         neighbours = out.with_name("neighbours.png")

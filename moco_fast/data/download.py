@@ -17,7 +17,7 @@ def cache_dir() -> Path:
 
 
 def roots() -> list[Path]:
-    """Directories that may hold datasets, best first: MOCO_FAST_DATA, the cache, ``data`` in this directory."""
+    """Directories that may hold datasets, best first: MOCO_FAST_DATA, the cache, ``data`` in this one."""
     own = os.environ.get("MOCO_FAST_DATA")
     return [*([Path(own).expanduser()] if own else []), cache_dir(), Path("data")]
 

@@ -32,7 +32,9 @@ Found = tuple[Half, Half, str]  # train, test, note
 
 def places() -> list[Path]:
     """Directories that may hold the four files, best first."""
-    return [root / sub for root in download.roots() for sub in ("", "fashion-mnist", "FashionMNIST/raw")] + [DEBIAN]
+    return [root / sub for root in download.roots() for sub in ("", "fashion-mnist", "FashionMNIST/raw")] + [
+        DEBIAN
+    ]
 
 
 def find(log: Log) -> Found | None:

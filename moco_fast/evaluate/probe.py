@@ -101,7 +101,7 @@ class KnnProbe:
         )
 
     def _features(self, model: nn.Module | None, images: ImageSet, rows: Tensor) -> Tensor:
-        """Features of the images at ``rows``, in that order, on the CPU: a method's, or what a network returns."""
+        """Features of the images at ``rows``, on the CPU: a method's, or what any other network returns."""
         if model is None:
             return features_of(nn.Flatten(), images, rows, self._view.raw()).cpu()
         call = model.features if isinstance(model, Method) else None

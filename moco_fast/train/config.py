@@ -42,7 +42,7 @@ class PretrainConfig:
     """
 
     data: str = "fashion-mnist"
-    """"fashion-mnist", "digits", or a directory of images."""
+    """"fashion-mnist", "digits", "cifar10", "cifar100", or a directory of images."""
     method: MethodName = "moco-v2"
     """What to train; "moco-fast presets" lists the methods. Those below that are None by default have the
     method's own value; one that the method does not use is refused."""
@@ -229,14 +229,15 @@ class PretrainConfig:
             ValueError: names that are no field.
         """
         views = {
-            name: AugmentConfig(**_fields(AugmentConfig, values[name]))
+            name: AugmentConfig(**known_fields(AugmentConfig, values[name]))
             for name in ("augment", "augment_second")
             if values.get(name) is not None
         }
-        return cls(**(_fields(cls, values) | views))
+        return cls(**(known_fields(cls, values) | views))
 
 
-def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values for a dataclass, tuples for lists; ValueError for names that are no field of it."""
     names = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - names):
         raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it was written by another version")

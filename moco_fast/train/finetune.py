@@ -12,7 +12,7 @@ import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ def finetune(
     out: Path,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     console: Any = None,
 ) -> FinetuneOutcome:
     """Train a pretrained backbone and a fresh linear layer on labelled images.
@@ -97,45 +97,55 @@ def finetune(
         out: run folder.
         checkpoint: what to start from: run folder, checkpoint.pth or an official MoCo file.
         resume: continue from the checkpoint in ``out`` instead; losses are then those of an unbroken run, bit
-            for bit (on a CPU with the same number of threads and processes).
+            for bit (on a CPU with the same number of threads and processes). "auto": if there is one, else
+            begin from ``checkpoint``.
         console: a rich Console; default: standard output. Only rank 0 writes to it.
 
     Raises:
-        FileExistsError: ``out`` is not empty and ``resume`` is False.
+        FileExistsError: ``out`` is not empty and the run is not resumed.
         CheckpointError: a checkpoint that cannot be used.
         ValueError: images without labels, or that do not suit the backbone.
         NonFiniteLossError: the loss or the weights are not finite any more.
         Disagreement: the processes were given different arguments.
         PeerFailedError: another process died or failed.
     """
-    if resume == (checkpoint is not None):
+    if (resume is True) == (checkpoint is not None):
         raise ValueError(f"give either a checkpoint to start from or resume, got {checkpoint!r} and {resume}")
     with joined(config.device):
-        return _finetune(config, out, checkpoint, console or extra("rich.console").Console())
+        return _finetune(config, out, checkpoint, resume, console or extra("rich.console").Console())
 
 
 def _finetune(
-    config: FinetuneConfig, out: Path, checkpoint: str | os.PathLike[str] | None, console: Any
+    config: FinetuneConfig,
+    out: Path,
+    checkpoint: str | os.PathLike[str] | None,
+    resume: bool | str,
+    console: Any,
 ) -> FinetuneOutcome:
     everywhere = console
     if rank() > 0:
         console = extra("rich.console").Console(quiet=True)
-    check_agreement({"the config": config.to_dict(), "out": str(out), "checkpoint": str(checkpoint)})
+    arguments = {"out": str(out), "checkpoint": str(checkpoint), "resume": resume}
+    check_agreement({"the config": config.to_dict(), **arguments})
+    if not resume:
+        on_rank_0(lambda: refuse_to_overwrite(out))
     saved = None
-    if checkpoint is None:
+    if resume is True or (resume and on_rank_0((out / checkpoints.FILE_NAME).exists)):
         saved = checkpoints.read(out)
         if "finetune" not in saved["moco_fast"]:
             raise checkpoints.CheckpointError(
                 f"{out} is no fine-tuning run: to start one from it leave --resume out"
             )
-    else:
-        on_rank_0(lambda: refuse_to_overwrite(out))
+        if resume == "auto":  # with what the run made of its arguments
+            config = FinetuneConfig.from_dict(saved["moco_fast"]["finetune"])
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
 
     # data
-    start = load_pretrained(checkpoint or out, arch=config.arch, image_size=config.image_size)
+    start = load_pretrained(
+        out if saved or checkpoint is None else checkpoint, arch=config.arch, image_size=config.image_size
+    )
     dataset = first_on_machine(lambda: dataset_for(start, config.data, console.print))
     if reason := labels_missing(dataset):
         raise ValueError(f"data {dataset.name!r} cannot be learned: {reason}")
@@ -158,7 +168,7 @@ def _finetune(
 
     # model
     torch.manual_seed(config.seed)
-    backbone = start.fresh() if config.from_scratch and saved is None else start.backbone
+    backbone = start.fresh() if config.from_scratch and not saved else start.backbone
     model = Classifier(backbone, start.head, start.width, classes)
     model = model.to(device).to(memory_format=torch.channels_last)
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
@@ -193,8 +203,8 @@ def _finetune(
     else:
         method = "supervised" if config.from_scratch else f"{start.method}, fine-tuned"
     console.print(
-        f"{dataset.name}: {len(train):,} images of {classes} classes ({dataset.note}). {start.arch}, {method}, "
-        f"on {where}, {total - step:,} steps of {config.batch_size}. Run folder: {out}",
+        f"{dataset.name}: {len(train):,} images of {classes} classes ({dataset.note}). {start.arch}, "
+        f"{method}, on {where}, {total - step:,} steps of {config.batch_size}. Run folder: {out}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from moco_fast import checks
 from moco_fast.data.augment import AugmentConfig
+from moco_fast.train.config import known_fields
 
 # Learning rate and weight decay unless given.
 DEFAULTS = {"sgd": (0.1, 5e-4), "adamw": (5e-4, 0.05)}
@@ -15,7 +16,7 @@ DEFAULTS = {"sgd": (0.1, 5e-4), "adamw": (5e-4, 0.05)}
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Every choice of a fine-tuning run. The defaults suit small images; docs/recipes.md has others.
+    """Every choice of a fine-tuning run. The defaults suit small images.
 
     Raises:
         TypeError, ValueError: a value out of range, named.
@@ -41,8 +42,8 @@ class FinetuneConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum 0.9, or AdamW."""
     lr: float | None = None
-    """Learning rate at its peak, for batches of lr_batch_size; scaled linearly to batch_size. Default: 0.1 for
-    sgd, 0.0005 for adamw."""
+    """Learning rate at its peak, for batches of lr_batch_size; scaled linearly to batch_size. Default: 0.1
+    for sgd, 0.0005 for adamw."""
     lr_batch_size: int = 128
     """Images per step that lr is meant for."""
     layer_decay: float = 1.0
@@ -124,7 +125,4 @@ class FinetuneConfig:
         Raises:
             ValueError: names that are no field.
         """
-        names = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - names):
-            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it was written by another version")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        return cls(**known_fields(cls, values))

@@ -21,9 +21,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, with the factor on their learning rate under ``lr_scale``.
 
-    Layer l of L has the factor ``layer_decay ** (L - l)``: 0 is what comes before the first block in the order
-    of parameters, L what comes after the last. Biases, norms and other vectors, and the tokens and position
-    embeddings of transformers, have no weight decay.
+    Layer l of L has the factor ``layer_decay ** (L - l)``: 0 is what comes before the first block in the
+    order of parameters, L what comes after the last. Biases, norms and other vectors, and the tokens and
+    position embeddings of transformers, have no weight decay.
 
     Args:
         model: whose parameters, those that are trained.

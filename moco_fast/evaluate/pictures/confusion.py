@@ -92,7 +92,7 @@ def largest_confusions(
     share.fill_diagonal_(0)
     order = share.flatten().argsort(descending=True, stable=True)[:most].tolist()
     pairs = [divmod(at, len(counts)) for at in order]
-    return [Mistake(*pair, share[pair].item()) for pair in pairs if share[pair] > 0]
+    return [Mistake(a, b, share[a, b].item()) for a, b in pairs if share[a, b] > 0]
 
 
 def _matrix(axes: Any, share: Tensor) -> None:
@@ -120,9 +120,7 @@ def _list(axes: Any, mistakes: Sequence[Mistake], names: Sequence[str]) -> None:
         axes.text(0, 0.95, "nothing", fontsize=8.5, color=INK, va="top", transform=axes.transAxes)
     for at, mistake in enumerate(mistakes):
         line = f"{mistake.share:>4.0%}   {names[mistake.true]} → {names[mistake.predicted]}"
-        axes.text(
-            0, 0.97 - at / LISTED, line, fontsize=8.5, color=INK, va="top", transform=axes.transAxes
-        )
+        axes.text(0, 0.97 - at / LISTED, line, fontsize=8.5, color=INK, va="top", transform=axes.transAxes)
 
 
 def _short(name: str) -> str:

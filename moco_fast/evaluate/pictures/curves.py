@@ -181,5 +181,3 @@ _PANELS = (
     (("test_acc1", "test_acc5"), _draw_accuracy),
     (("images_per_s", "lr"), _draw_pace),
 )
-
-

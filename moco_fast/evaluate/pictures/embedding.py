@@ -19,11 +19,14 @@ from moco_fast.evaluate.pictures.figure import BLUE, INK, new_figure, save
 # Ten colours that people with any colour vision tell apart. Source: Petroff 2021, "Accessible Color
 # Sequences for Data Visualization", table of ten.
 COLOURS = (
-    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581",
+    "#92dadd",
 )  # fmt: skip
 WIDTH = 8.0  # inches
 MARKERS, SIGNS = ("o", "^", "s"), "●▲■"
-MOST_NAMED = len(COLOURS) * len(MARKERS)  # classes beyond which colours repeat and names would cover the points
+MOST_NAMED = len(COLOURS) * len(
+    MARKERS
+)  # classes beyond which colours repeat and names would cover the points
 
 
 def plot_embedding(
@@ -94,12 +97,12 @@ def _points(axes: Any, places: Tensor, colour: str, marker: str, size: float) ->
 
 
 def _names(axes: Any, middles: Tensor, places: Tensor, names: Sequence[str], labels: Sequence[int]) -> None:
-    """Class names in frames of their colours; where colours repeat, with the sign of the points before them."""
+    """Class names in frames of their colours; where colours repeat, after the sign of their points."""
     if len(names) > len(COLOURS):
         signs = [SIGNS[MARKERS.index(_style(label)[1])] for label in labels]
         names = [f"{sign} {name}" for sign, name in zip(signs, names, strict=True)]
     for (x, y), name, label in zip(_apart(middles, places, names).tolist(), names, labels, strict=True):
-        frame = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": _style(label)[0]}
+        frame = {"boxstyle": "round,pad=0.25", "facecolor": (1, 1, 1, 0.85), "edgecolor": _style(label)[0]}
         axes.text(
             x, y, name, ha="center", va="center", fontsize=9, color=INK, weight="bold", bbox=frame, zorder=3
         )
