@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SPREAD, RANK = 0.1, 1.5  # alarming below
+SPREAD, RANK = 0.1, 1.1  # alarming below
 PATIENCE = 50  # steps that it must last
 
 
