@@ -73,9 +73,19 @@ def test_map(tmp_path, figures, quick):
     assert [len(points.get_offsets()) for points in axes.collections] == [10, 10, 10]
     assert len({tuple(points.get_facecolor()[0]) for points in axes.collections}) == 3
     assert figures[0].get_suptitle() == "pets, resnet, moco\nt-SNE of 30 images"
-    for points, line in zip(axes.collections, axes.lines, strict=True):  # the name is at the median
+    for points, name in zip(axes.collections, axes.texts, strict=True):  # which is at the median
         middle = torch.tensor(points.get_offsets().data).float().median(0).values
-        torch.testing.assert_close(torch.tensor([line.get_xdata()[0], line.get_ydata()[0]]).float(), middle)
+        torch.testing.assert_close(torch.tensor(name.get_position()).float(), middle)
+        assert tuple(points.get_facecolor()[0][:3]) == name.get_bbox_patch().get_edgecolor()[:3]
+
+
+def test_names_do_not_overlap(tmp_path, figures, quick):
+    features = torch.rand(120, 2, generator=torch.Generator().manual_seed(0))
+    plot_embedding(features, torch.arange(120) % 12, [f"class {i}" for i in range(12)], tmp_path / "a.png", 0)
+    (axes,) = figures[0].axes
+    assert axes.texts[0].get_text() == "● class 0" and axes.texts[11].get_text() == "▲ class 11"
+    frames = [name.get_bbox_patch().get_window_extent() for name in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(frames) for b in frames[:i])
 
 
 def test_map_without_labels_or_with_too_many(tmp_path, figures, quick):

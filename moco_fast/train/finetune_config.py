@@ -10,7 +10,7 @@ from moco_fast import checks
 from moco_fast.data.augment import AugmentConfig
 
 # Learning rate and weight decay unless given.
-DEFAULTS = {"sgd": (0.05, 5e-4), "adamw": (5e-4, 0.05)}
+DEFAULTS = {"sgd": (0.1, 5e-4), "adamw": (5e-4, 0.05)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FinetuneConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum 0.9, or AdamW."""
     lr: float | None = None
-    """Learning rate at its peak, for batches of lr_batch_size; scaled linearly to batch_size. Default: 0.05 for
+    """Learning rate at its peak, for batches of lr_batch_size; scaled linearly to batch_size. Default: 0.1 for
     sgd, 0.0005 for adamw."""
     lr_batch_size: int = 128
     """Images per step that lr is meant for."""

@@ -105,11 +105,11 @@ def _matrix(axes: Any, share: Tensor) -> None:
 
 
 def _number(axes: Any, row: int, column: int, share: float) -> None:
-    """Percent in a cell; nothing for what would round to 0."""
-    if share < 0.005:
+    """Percent in a cell; nothing for what rounds to 0."""
+    if (percent := round(100 * share)) == 0:
         return
     axes.text(
-        column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
+        column, row, str(percent), ha="center", va="center", fontsize=8,
         color="white" if share > 0.5 else INK, weight="bold" if row == column else "normal",
     )  # fmt: skip
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moco_fast.evaluate.embedding import embed
 from moco_fast.evaluate.pictures.figure import BLUE, INK, new_figure, save
-from moco_fast.extras import extra
 
 # Ten colours that people with any colour vision tell apart. Source: Petroff 2021, "Accessible Color
 # Sequences for Data Visualization", table of ten.
@@ -23,7 +22,7 @@ COLOURS = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
 )  # fmt: skip
 WIDTH = 8.0  # inches
-MARKERS = ("o", "^", "s")
+MARKERS, SIGNS = ("o", "^", "s"), "●▲■"
 MOST_NAMED = len(COLOURS) * len(MARKERS)  # classes beyond which colours repeat and names would cover the points
 
 
@@ -35,7 +34,8 @@ def plot_embedding(
     seed: int,
     heading: str = "",
 ) -> None:
-    """Draw t-SNE of features: a point per image, in the colour of its class, whose name is at its median.
+    """Draw t-SNE of features: a point per image, in the colour of its class, whose name is at its median, or
+    a little above where names would overlap.
 
     Args:
         features: of every image.
@@ -93,33 +93,31 @@ def _points(axes: Any, places: Tensor, colour: str, marker: str, size: float) ->
     axes.scatter(*places.T.numpy(), s=size, c=colour, marker=marker, linewidths=0, alpha=0.75)
 
 
-def _names(
-    axes: Any, middles: Tensor, places: Tensor, names: Sequence[str], labels: Sequence[int]
-) -> None:
-    """A large marker at the middle of every class, and its name beside."""
-    halo = extra("matplotlib.patheffects").withStroke(linewidth=3, foreground="white")
-    beside = _apart(middles, places)
-    for (x, y), at, name, label in zip(middles.tolist(), beside.tolist(), names, labels, strict=True):
-        colour, marker = _style(label)
-        axes.plot(x, y, marker, color=colour, markersize=8, markeredgecolor=INK, markeredgewidth=1, zorder=4)
-        axes.annotate(
-            name, at, xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK,
-            weight="bold", path_effects=[halo], zorder=3,
-        )  # fmt: skip
+def _names(axes: Any, middles: Tensor, places: Tensor, names: Sequence[str], labels: Sequence[int]) -> None:
+    """Class names in frames of their colours; where colours repeat, with the sign of the points before them."""
+    if len(names) > len(COLOURS):
+        signs = [SIGNS[MARKERS.index(_style(label)[1])] for label in labels]
+        names = [f"{sign} {name}" for sign, name in zip(signs, names, strict=True)]
+    for (x, y), name, label in zip(_apart(middles, places, names).tolist(), names, labels, strict=True):
+        frame = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": _style(label)[0]}
+        axes.text(
+            x, y, name, ha="center", va="center", fontsize=9, color=INK, weight="bold", bbox=frame, zorder=3
+        )
 
 
 def _apart(
     middles: Tensor,  # (C, 2)
     places: Tensor,  # (N, 2)
+    names: Sequence[str],
 ) -> Tensor:
-    """``middles``, moved up or down until no two are so close that their names would overlap."""
-    width, height = (places.amax(0) - places.amin(0)).tolist()
+    """``middles``, moved up until no two frames overlap."""
+    unit = float(places[:, 0].max() - places[:, 0].min()) / WIDTH  # per inch
     middles = middles.clone()
     order = middles[:, 1].argsort().tolist()
     for at, this in enumerate(order):
-        for other in order[:at]:  # those below, which have their places
-            near_x = abs(float(middles[this, 0] - middles[other, 0])) < 0.18 * width
-            gap = 0.035 * height - float(middles[this, 1] - middles[other, 1])
-            if near_x and gap > 0:
+        for other in sorted(order[:at], key=lambda i: float(middles[i, 1])):  # which have their places
+            reach = (0.085 * (len(names[this]) + len(names[other])) / 2 + 0.2) * unit
+            gap = 0.27 * unit - float(middles[this, 1] - middles[other, 1])
+            if abs(float(middles[this, 0] - middles[other, 0])) < reach and 0 < gap < 0.54 * unit:
                 middles[this, 1] += gap
     return middles
