@@ -48,8 +48,8 @@ from moco_fast.kernels.common import (
 )
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (what a program holds, padded C); "split"
-# is precision "highest". Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another
-# (tests/test_aot.py). Only the widest prototypes spill whatever the tiles: of 512 features, and split ones of 256.
+# is precision "highest". tests/test_aot.py: no wgmma waits for another, and only the widest prototypes spill,
+# of 512 features and split ones of 256, whatever the tiles. Not measured on a GPU yet.
 TILES = {
     ("rows", 32): (128, 64, 8, 4, 2),
     ("rows", 64): (128, 64, 8, 3, 1),

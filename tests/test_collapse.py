@@ -56,3 +56,10 @@ def test_alarm_waits_then_tells_once_and_forgets():
     assert alarm.look(100, 0.9, 20.0) is None and alarm.since is None
     alarm.look(110, 0.9, 1.0)
     assert "on one line" in alarm.look(110 + PATIENCE, 0.9, 1.0)
+
+
+def test_fresh_networks_are_not_judged():
+    alarm = CollapseAlarm(grace=100)
+    for step in range(10, 101, 10):
+        assert alarm.look(step, 0.01, 1.0) is None and alarm.since is None
+    assert alarm.look(110, 0.01, 9.0) is None and alarm.since == 110

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moco_fast.distributed import all_gather_rows, check_agreement, from_all, rank, world_size
 
 BLOCK = 1 << 24  # similarities in memory at once: 64 MB
-CHUNK = 10_000  # rows of the bank that are searched at once: whole batches of feature extraction
+CHUNK = 4000  # rows of the bank that are searched at once; whole batches of feature extraction
 TOP = 5  # classes that a prediction ranks
 
 

@@ -12,13 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moco_fast import checks, distributed, ops
-from moco_fast.models import heads
+from moco_fast.models import heads, steps
 from moco_fast.models.method import Method
-from moco_fast.reference import compute_dtype
-from moco_fast.reference.losses import row_blocks
 
 
 def momentum_at(progress: float, m0: float) -> float:
@@ -80,21 +77,13 @@ class MoCoV3(Method):
         mlp_dim: int = 4096,
         T: float = 1.0,
     ) -> None:
-        if not callable(base_encoder):
-            raise TypeError(
-                f"base_encoder must be callable as base_encoder(num_classes=dim), "
-                f"got {type(base_encoder).__name__}"
-            )
-        checks.count("dim", dim)
         checks.count("mlp_dim", mlp_dim)
-        checks.temperature(T, name="T")
         super().__init__()
-        self.T = T
+        self.T = checks.temperature(T, name="T")
         self.dim = dim
         # One seed, one initial state: drawn encoder by encoder, then the MLPs in the same order.
-        self.base_encoder = base_encoder(num_classes=dim)
-        self.momentum_encoder = base_encoder(num_classes=dim)
-        self.head = heads.head_path(self.base_encoder)
+        self.base_encoder, self.head = steps.build_encoder(base_encoder, dim)
+        self.momentum_encoder, _ = steps.build_encoder(base_encoder, dim)
         linear = self.base_encoder.get_submodule(self.head)
         assert isinstance(linear, nn.Linear)
         hidden = [mlp_dim] * (self.PROJECTOR_LAYERS - 1)
@@ -135,7 +124,7 @@ class MoCoV3(Method):
             TypeError, ValueError: views that are no tensors, of different or no images; m or T out of range.
             Disagreement: on every rank, if ranks were given different batches or options.
         """
-        self._prepare(x1, x2, m)
+        steps.agree(self, lambda: self._facts(x1, x2, m), getattr(x1, "device", None))
         q = torch.stack([self.predictor(self.base_encoder(x)) for x in (x1, x2)])
         with torch.no_grad():
             if self.training:
@@ -143,7 +132,11 @@ class MoCoV3(Method):
             k1, k2 = (self.momentum_encoder(x) for x in (x1, x2))
             k, first = self._all_keys(torch.stack([k2, k1]).to(q.dtype))
         loss = 4 * self.T * ops.contrast(q, k, self.T, labels=first)  # the mean of two directions, times 2
-        return (loss, similarities(q.detach(), k, first)) if return_stats else loss
+        if not return_stats:
+            return loss
+        own = first + torch.arange(q.shape[1], device=q.device)
+        stats = [steps.pair_stats(queries, keys, own) for queries, keys in zip(q.detach(), k, strict=True)]
+        return loss, {name: (stats[0][name] + stats[1][name]) / 2 for name in stats[0]}
 
     def _update_momentum_encoder(self, m: float | Tensor) -> None:
         both = zip(self.momentum_encoder.parameters(), self.base_encoder.parameters(), strict=True)
@@ -161,45 +154,18 @@ class MoCoV3(Method):
         gathered = distributed.all_gather_rows(k.transpose(0, 1))  # both directions in one collective
         return gathered.transpose(0, 1).contiguous(), k.shape[1] * distributed.rank()
 
-    def _prepare(self, x1: Tensor, x2: Tensor, m: float | Tensor) -> None:
-        """Raise for what is wrong with a step, on all ranks alike, before anything is changed."""
-        problem: Exception | None = None
-        facts: dict[str, object] = {}
-        try:
-            self._check(x1, x2, m)
-            kind = x1.device.type
-            facts = {
-                "x1": tuple(x1.shape),
-                "x2": tuple(x2.shape),
-                "T": self.T,
-                "m": m if not isinstance(m, Tensor) else m.item() if m.device.type == "cpu" else "a tensor",
-                "dim": self.dim,
-                "autocast": torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-            }
-        except Exception as error:  # whatever it is, the other ranks must hear of it
-            problem = error
-        if self.training:
-            distributed.check_agreement(facts, problem)
-        elif problem is not None:
-            raise problem
-
-    def _check(self, x1: Tensor, x2: Tensor, m: float | Tensor) -> None:
+    def _facts(self, x1: Tensor, x2: Tensor, m: float | Tensor) -> dict[str, object]:
+        """What has to be the same on every rank; raises for what is wrong with a step."""
         checks.temperature(self.T, name="T")  # it may have been set since the constructor
-        for name, images in (("x1", x1), ("x2", x2)):
-            if not isinstance(images, Tensor) or images.ndim == 0:
-                shown = (
-                    f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-                )
-                raise TypeError(f"{name} must be a tensor of images (N, ...), got {shown}")
-        if x1.shape[0] != x2.shape[0]:
-            raise ValueError(f"x2 must hold as many images as x1, {x1.shape[0]}, got {x2.shape[0]}")
-        if x1.shape[0] == 0:
-            raise ValueError(f"x1 must hold at least one image, got shape {tuple(x1.shape)}")
+        shapes = steps.check_views(x1=x1, x2=x2)
+        value: object = m
         if isinstance(m, Tensor):
             beside = next(self.momentum_encoder.parameters())
             checks.scalar_tensor("m", m, "momentum_encoder", beside)
-        if not isinstance(m, Tensor) or m.device.type == "cpu":
-            checks.momentum(m.item() if isinstance(m, Tensor) else m)
+            value = m.item() if m.device.type == "cpu" else "a tensor"
+        if value != "a tensor":
+            checks.momentum(value)
+        return shapes | {"T": self.T, "m": value, "dim": self.dim}
 
 
 class MoCo_ResNet(MoCoV3):
@@ -218,25 +184,3 @@ class MoCo_ViT(MoCoV3):
     """
 
     PROJECTOR_LAYERS, PREDICTOR_NORM = 3, True
-
-
-@torch.no_grad()
-def similarities(
-    q: Tensor,  # (D, N, C), raw
-    k: Tensor,  # (D, M, C), raw
-    first: int,
-) -> dict[str, Tensor]:
-    """Statistics of :meth:`MoCoV3.forward`; the key of query i is ``first + i``. No N x M matrix is held."""
-    dtype = compute_dtype(q, k)
-    with torch.autocast(q.device.type, enabled=False):
-        q, k = F.normalize(q.to(dtype), dim=2), F.normalize(k.to(dtype), dim=2)
-        problems, rows, columns = len(q), q.shape[1], k.shape[1]
-        positive = (q * k[:, first : first + rows]).sum(dim=2)
-        everyone = (q * k.sum(dim=1, keepdim=True)).sum(dim=2)  # the sum over keys is linear
-        blocks = row_blocks(rows, problems * columns)
-        closest = torch.cat([(q[:, block] @ k.mT).argmax(dim=2) for block in blocks], dim=1)
-    return {
-        "pos_sim": positive.mean(),
-        "neg_sim": (everyone - positive).mean() / max(columns - 1, 1),
-        "acc1": (closest == first + torch.arange(rows, device=q.device)).to(dtype).mean(),
-    }

@@ -35,14 +35,15 @@ class Study:
     axis: str | None
     """What x is; None where the points are compared side by side."""
     small: Callable[[], list[Point]]
-    """Minutes on a CPU: Fashion-MNIST, a small ResNet, one epoch a run or two."""
+    """Under a minute a run on two cores: Fashion-MNIST, the small ResNet at width 8, an epoch or two."""
     full: Callable[[], list[Point]]
     """The published setting, for GPUs."""
 
 
 def _small(method: str, **changes: Any) -> PretrainConfig:
-    config = replace(PRESETS["fashion-mnist"].config.with_method(method), epochs=1, warmup_epochs=0.05)
-    return replace(config, knn_every=NEVER, **changes)
+    recipe = PRESETS["fashion-mnist"].config.with_method(method)
+    shared: dict[str, Any] = {"width": 8, "epochs": 1, "warmup_epochs": 0.05, "knn_every": NEVER}
+    return replace(recipe, **(shared | changes))
 
 
 def _published(preset: str, **changes: Any) -> PretrainConfig:

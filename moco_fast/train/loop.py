@@ -240,7 +240,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
 
     recorder = Recorder(out if rank() == 0 else None, step)
     pending: list[dict[str, Tensor]] = []  # metrics of steps since the last record, still on the device
-    alarm = CollapseAlarm()
+    alarm = CollapseAlarm(grace=min(total // 10, steps_per_epoch))
     keys_per_image = row.keys_per_image(config)
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
