@@ -37,11 +37,11 @@ def untrained(tmp_path):
 
 
 def test_several_k_and_json(untrained, tmp_path, capsys):
-    out = tmp_path / "knn.json"
-    assert run(["knn", untrained, "--k", "1", "20", "--bank", "200", "--json", str(out)]) == 0
+    out = tmp_path / "knn"
+    assert run(["knn", untrained, "--k", "1", "20", "--bank", "200", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "1 nearest neighbour, weighted" in shown and "20 nearest neighbours, weighted" in shown
-    accuracy = json.loads(out.read_text())["knn"]
+    accuracy = json.loads((out / "results.json").read_text())["knn"]
     assert list(accuracy) == ["1", "20"] and list(accuracy["20"]) == ["raw pixels", "random init", "trained"]
     assert accuracy["20"]["random init"] == accuracy["20"]["trained"]
     assert accuracy["20"]["raw pixels"][0] > 0.8
@@ -95,14 +95,14 @@ def test_images_without_labels_and_of_colour(untrained, tmp_path, capsys):
 
 def measured(rank, path, out):
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        status = run(["knn", path, "--k", "5", "20", "--json", out, "--device", "cpu"])
+        status = run(["knn", path, "--k", "5", "20", "--out", out, "--device", "cpu"])
     return status, shown.getvalue()
 
 
 def test_two_processes_measure_what_one_does(untrained, tmp_path):
     torch.set_num_threads(1)
-    status, shown = measured(0, untrained, str(tmp_path / "one.json"))
+    status, shown = measured(0, untrained, str(tmp_path / "one"))
     assert status == 0
-    results = ranks.run(2, measured, untrained, str(tmp_path / "two.json"), folder=tmp_path)
+    results = ranks.run(2, measured, untrained, str(tmp_path / "two"), folder=tmp_path)
     assert results == [(0, shown), (0, "")]
-    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+    assert (tmp_path / "one" / "results.json").read_text() == (tmp_path / "two" / "results.json").read_text()

@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 import tyro
 from rich.console import Console
+from torch import Tensor
 
 from moco_fast import checks
 from moco_fast.commands.tables import knn_table
 from moco_fast.distributed import rank
 from moco_fast.evaluate.features import all_features, own_features, spread
 from moco_fast.evaluate.knn import CHUNK, knn_predict
+from moco_fast.files import write_text
 from moco_fast.train.processes import joined
-from moco_fast.train.subject import load_subject
+from moco_fast.train.subject import Subject, load_subject
+
+RESULTS_FILE, PICTURE_FILE = "results.json", "confusion.png"
 
 
 @dataclass
@@ -45,8 +49,8 @@ class Knn:
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; under torchrun every process has its own."""
     workers: int = 2
     """Processes that decode a directory's images, for every process."""
-    json: Path | None = None
-    """File to write the accuracies to as well."""
+    out: Path | None = None
+    """Folder for results.json and confusion.png; default: knn-DATA beside the checkpoint."""
 
     def run(self) -> int:
         """Returns the exit status."""
@@ -54,23 +58,28 @@ class Knn:
             checks.count("k", k)
         checks.count("bank", self.bank)
         with joined(self.device):
-            accuracy, note = self._measure(Console(quiet=rank() > 0))
+            subject = load_subject(
+                self.checkpoint, self.data, self.device, Console(quiet=rank() > 0).print,
+                arch=self.arch, image_size=self.image_size, workers=self.workers,
+            )  # fmt: skip
+            accuracy, classes, note = self._measure(subject, Console(quiet=rank() > 0))
             if rank() > 0:
                 return 0
         console = Console()
         console.print(note)
         for k, rows in accuracy.items():
             console.print(knn_table(rows, k, weighted=self.temperature is not None))
-        if self.json is not None:
-            self.json.write_text(json.dumps({"knn": accuracy, "note": note}, indent=2) + "\n")
+        folder = self.out or subject.folder("knn")
+        write_text(folder / RESULTS_FILE, json.dumps({"knn": accuracy, "note": note}, indent=2) + "\n")
+        subject.plot_confusion(classes, folder / PICTURE_FILE, f"{self.k[0]} nearest neighbours")
+        console.print(f"{RESULTS_FILE} and {PICTURE_FILE} are in {folder}", soft_wrap=True)
         return 0
 
-    def _measure(self, console: Console) -> tuple[dict[int, dict[str, tuple[float, float]]], str]:
-        """Accuracy at one and at five guesses by k and row of the table; and what they were measured on."""
-        subject = load_subject(
-            self.checkpoint, self.data, self.device, console.print,
-            arch=self.arch, image_size=self.image_size, workers=self.workers,
-        )  # fmt: skip
+    def _measure(
+        self, subject: Subject, console: Console
+    ) -> tuple[dict[int, dict[str, tuple[float, float]]], Tensor, str]:
+        """Accuracy at one and at five guesses by k and row of the table, the classes that the first k of the
+        trained features chooses, and what was measured."""
         dataset = subject.dataset
         train, test = dataset.train, dataset.test
         assert test is not None and test.labels is not None and train.labels is not None
@@ -82,7 +91,7 @@ class Knn:
             names = ", ".join(dataset.class_names[label] for label in absent[:5])
             console.print(f"No image in the bank for {len(absent)} of the classes asked for: {names}")
         accuracy: dict[int, dict[str, tuple[float, float]]] = {k: {} for k in self.k}
-        for name, network, view in subject.rows():
+        for name, network, view in subject.rows():  # those of the trained features come last
             predicted = knn_predict(
                 own_features(network, train, bank, view, CHUNK), train.labels[bank],
                 all_features(network, test, asked, view),
@@ -90,4 +99,5 @@ class Knn:
             )  # fmt: skip
             for k, classes in predicted.items():
                 accuracy[k][name] = classes.accuracy(test.labels), classes.accuracy(test.labels, 5)
-        return accuracy, f"{dataset.name}: {len(bank):,} images vote, {len(test):,} are asked"
+        note = f"{dataset.name}: {len(bank):,} images vote, {len(test):,} are asked"
+        return accuracy, predicted[self.k[0]].classes[:, 0], note

@@ -16,11 +16,12 @@ from moco_fast._version import __version__
 from moco_fast.commands.bar import Bar
 from moco_fast.commands.tables import linear_table, sweep_table
 from moco_fast.evaluate.linear import LinearConfig, LinearResult, evaluate_linear
+from moco_fast.files import write_text
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.processes import started_by_torchrun
 from moco_fast.train.subject import TRAINED, Subject, load_subject
 
-WEIGHTS_FILE, RESULTS_FILE = "linear.pth", "results.json"
+WEIGHTS_FILE, RESULTS_FILE, PICTURE_FILE = "linear.pth", "results.json", "confusion.png"
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Linear:
     data: str | None = None
     """Dataset to classify; default: the one it was trained on."""
     out: Path | None = None
-    """Folder for linear.pth and results.json; default: linear-DATA beside the checkpoint."""
+    """Folder for linear.pth, results.json and confusion.png; default: linear-DATA beside the checkpoint."""
     protocol: Annotated[LinearConfig, tyro.conf.arg(name="")] = field(default_factory=LinearConfig)
     baselines: bool = True
     """Also measure raw pixels and the random initialisation."""
@@ -80,12 +81,16 @@ class Linear:
             if own.best.lr in (min(self.protocol.lr), max(self.protocol.lr)):
                 console.print(f"lr {own.best.lr:g} is at the end of the range: one beyond may do better.")
         console.print(linear_table(results))
-        folder = self.out or _beside(self.checkpoint) / f"linear-{Path(dataset.name).name}"
+        folder = self.out or subject.folder("linear")
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.write_atomic(folder / WEIGHTS_FILE, self._classifier(subject, own))
         written = self._record(subject, results) | {"seconds": round(time.monotonic() - began, 1)}
-        _write_atomic(folder / RESULTS_FILE, json.dumps(written, indent=2) + "\n")
-        console.print(f"The classifier ({WEIGHTS_FILE}) and {RESULTS_FILE} are in {folder}", soft_wrap=True)
+        write_text(folder / RESULTS_FILE, json.dumps(written, indent=2) + "\n")
+        subject.plot_confusion(own.classes[:, 0], folder / PICTURE_FILE, "linear classification")
+        console.print(
+            f"The classifier ({WEIGHTS_FILE}), {RESULTS_FILE} and {PICTURE_FILE} are in {folder}",
+            soft_wrap=True,
+        )
         return 0
 
     def _classifier(self, subject: Subject, result: LinearResult) -> dict[str, Any]:
@@ -125,13 +130,3 @@ class Linear:
                 for name, result in results.items()
             },
         }
-
-
-def _beside(checkpoint: Path) -> Path:
-    return checkpoint if checkpoint.is_dir() else checkpoint.parent
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_fast.distributed import all_gather_rows, check_agreement, from_all, rank, world_size
+from moco_fast.evaluate.scores import accuracy_at
 
 BLOCK = 1 << 24  # similarities in memory at once: 64 MB
 CHUNK = 4000  # rows of the bank that are searched at once; whole batches of feature extraction
@@ -40,8 +41,7 @@ class Predictions(NamedTuple):
 
     def accuracy(self, labels: Tensor, top: int = 1) -> float:
         """Share of rows whose label is among the first ``top`` classes, in [0, 1]."""
-        right = self.classes[:, :top] == labels.to(self.classes.device)[:, None]
-        return right.any(1).double().mean().item()
+        return accuracy_at(self.classes, labels.to(self.classes.device), top)
 
 
 def nearest_neighbours(

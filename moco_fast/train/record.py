@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from moco_fast.extras import extra
+from moco_fast.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -31,9 +31,7 @@ class Recorder:
             if path.exists()
             else []
         )
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line + "\n" for line in kept))
-        os.replace(aside, path)
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
         tensorboard = extra("torch.utils.tensorboard")
         self._board = tensorboard.SummaryWriter(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moco_fast.data.images import Dataset
 from moco_fast.evaluate.features import View, labels_missing
+from moco_fast.evaluate.pictures import plot_confusion
+from moco_fast.evaluate.scores import confusion
 from moco_fast.train.build import choose_device
 from moco_fast.train.pretrained import Pretrained, dataset_for, load_pretrained
 from moco_fast.train.processes import first_on_machine
@@ -23,14 +26,39 @@ class Subject:
     """A pretrained backbone on the device, and labelled images that it can be shown.
 
     Attributes:
+        checkpoint: where it was loaded from.
         pretrained: the backbone and its facts.
         dataset: with labels on both halves.
         view: how the backbone is shown images.
     """
 
+    checkpoint: Path
     pretrained: Pretrained
     dataset: Dataset
     view: View
+
+    def folder(self, what: str) -> Path:
+        """Where results go unless told otherwise: WHAT-DATA beside the checkpoint."""
+        beside = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
+        return beside / f"{what}-{Path(self.dataset.name).name}"
+
+    def plot_confusion(
+        self,
+        predicted: Tensor,  # (M,) classes of the test images
+        out_png: Path,
+        by: str,
+    ) -> None:
+        """Draw which classes of the test images are taken for which."""
+        test = self.dataset.test
+        assert test is not None and test.labels is not None
+        names = self.dataset.class_names
+        counts = confusion(predicted.cpu(), test.labels, len(names))
+        plot_confusion(
+            counts,
+            names,
+            out_png,
+            f"{self.dataset.name}: {by}, {self.pretrained.arch}, {self.pretrained.method}",
+        )
 
     def rows(self, baselines: bool = True) -> list[tuple[str, nn.Module, View]]:
         """What to measure, by name: raw pixels, the backbone as it was initialised, and as it was trained."""
@@ -65,4 +93,4 @@ def load_subject(
         raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
     pretrained.backbone.to(place)
     size, mean, std = pretrained.image_size, pretrained.mean, pretrained.std
-    return Subject(pretrained, dataset, View(size, mean, std, torch.device(place), workers))
+    return Subject(Path(checkpoint), pretrained, dataset, View(size, mean, std, torch.device(place), workers))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from moco_fast.extras import extra
+from moco_fast.files import whole
 
 INK, FAINT = "#24292f", "#d0d7de"
 BLUE, ORANGE, GREEN, RED, GREY = "#0969da", "#bc4c00", "#1a7f37", "#cf222e", "#8c959f"
@@ -33,12 +33,7 @@ def title(axes: Any, text: str) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a picture."""
+    """Write a picture, whole or not at all."""
     extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=DPI, facecolor="white")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as aside:
+        figure.savefig(aside, format="png", dpi=DPI, facecolor="white")
