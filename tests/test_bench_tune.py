@@ -169,6 +169,22 @@ def test_pairs_runs_the_tiles_it_is_given(interpreter, key, monkeypatch):
     assert (got - want).norm() <= 1e-3 * want.norm() > 0  # weights are rounded to fp16
 
 
+@pytest.mark.parametrize("key", [("rows", 32), ("prototypes", 32), ("split rows", 32)])
+def test_dino_runs_the_tiles_it_is_given(interpreter, key, monkeypatch):
+    from moco_fast.kernels import dino
+
+    def results(found):
+        if isinstance(found, torch.Tensor):
+            return [found]
+        return [(part.totals * part.shifts.exp2()).sum(dim=0).log2() for part in found]
+
+    launch = dino.tune_case(key, rows=20, prototypes=100, device="cpu")
+    wanted = results(launch(dino.TILES[key])())
+    monkeypatch.setattr(dino, "tiles_for", lambda *_: pytest.fail("the tables were asked"))
+    for got, want in zip(results(launch((64, 128, 4, 2, 1))()), wanted, strict=True):
+        assert (got - want).norm() <= 1e-3 * want.norm() > 0  # weights are rounded to fp16
+
+
 def test_enqueue_runs_the_tiles_it_is_given(interpreter, monkeypatch):
     from moco_fast.kernels import enqueue
 

@@ -46,7 +46,6 @@ def dino(
     dtype = compute_dtype(student, teacher, prototypes, teacher_prototypes, center)
     s_hat, norm = normalise(student.to(dtype))
     t_hat, _ = normalise(teacher.to(dtype))
-
     size = max(64, BLOCK_LOGITS // len(student))
 
     def blocks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
