@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks, reference
-from moco_fast.ops.losses import _scaled
+from moco_fast.ops.losses import scaled_gradient
 
 
 def dino(
@@ -112,10 +112,10 @@ def _scale(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 10
     student, prototypes, ds, dw = ctx.saved_tensors
-    ds = _scaled(grad_loss[:, None], ds, student, prototypes) if ctx.need_ds else None
+    ds = scaled_gradient(grad_loss[:, None], ds, student, prototypes) if ctx.need_ds else None
     # dw is that of the sum of the losses: where prototypes want a gradient, only their mean or sum leaves
     # dino(), so that all of grad_loss is one value.
-    dw = _scaled(grad_loss[:1, None], dw, prototypes, student) if ctx.need_dw else None
+    dw = scaled_gradient(grad_loss[:1, None], dw, prototypes, student) if ctx.need_dw else None
     return ds, None, dw, *[None] * 7
 
 

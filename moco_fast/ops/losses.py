@@ -202,7 +202,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
         raise RuntimeError("no second derivative: the gradient of this loss was computed in the forward pass")
 
 
-def _scaled(scale: Tensor, gradient: Tensor, *inputs: Tensor) -> Tensor:
+def scaled_gradient(scale: Tensor, gradient: Tensor, *inputs: Tensor) -> Tensor:
     """The gradient to the first of the inputs, for losses that arrive at autograd with ``scale``."""
     result = (scale * gradient).to(inputs[0].dtype)
     if torch.is_grad_enabled():  # create_graph=True
@@ -216,7 +216,7 @@ def _save_dq(ctx, inputs, output):
 
 def _scale_dq(ctx, grad_loss, *_):
     q, dq = ctx.saved_tensors
-    return _scaled(grad_loss[:, None], dq, q), None, None, None, None, None, None
+    return scaled_gradient(grad_loss[:, None], dq, q), None, None, None, None, None, None
 
 
 _info_nce.register_autograd(_scale_dq, setup_context=_save_dq)
@@ -243,7 +243,7 @@ def _scale_dz(ctx, grad_loss, _):
     z, dz = ctx.saved_tensors
     # dz is that of the sum of the losses: only their mean or sum leaves nt_xent() with a gradient, so that
     # all of grad_loss is one value.
-    return _scaled(grad_loss[:1, None], dz, z), None, None, None
+    return scaled_gradient(grad_loss[:1, None], dz, z), None, None, None
 
 
 _nt_xent.register_autograd(_scale_dz, setup_context=_save_dz)
@@ -273,9 +273,9 @@ def _save_both(ctx, inputs, output):
 
 def _scale_both(ctx, grad_loss, *_):
     q, k, dq, dk = ctx.saved_tensors
-    dq = _scaled(grad_loss[..., None], dq, q, k) if ctx.need_dq else None
+    dq = scaled_gradient(grad_loss[..., None], dq, q, k) if ctx.need_dq else None
     # As dz of nt_xent: where k wants a gradient, all of grad_loss is one value.
-    dk = _scaled(grad_loss[:1, :1, None], dk, k, q) if ctx.need_dk else None
+    dk = scaled_gradient(grad_loss[:1, :1, None], dk, k, q) if ctx.need_dk else None
     return dq, dk, None, None, None, None, None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moco_fast.reference.common import compute_dtype, normalise
-from moco_fast.reference.losses import _through_norm
+from moco_fast.reference.losses import through_norm
 
 BLOCK_LOGITS = 2**18  # of a model, that exist at a time: 1 MB in fp32, and never fewer than 64 prototypes
 
@@ -86,5 +86,5 @@ def dino(
         if need_dw:
             torch.mm(misses.t(), s_hat, out=dw[i * size : i * size + len(w)])
     if need_ds:
-        ds = _through_norm(ds_hat, s_hat, norm)
+        ds = through_norm(ds_hat, s_hat, norm)
     return loss, ds, dw

@@ -21,7 +21,7 @@ def row_blocks(
     return (slice(start, min(start + each, rows)) for start in range(0, rows, each))
 
 
-def _through_norm(
+def through_norm(
     d_hat: Tensor,  # (..., C) gradient to x_hat
     x_hat: Tensor,  # (..., C)
     norm: Tensor,  # (..., 1)
@@ -86,7 +86,7 @@ def info_nce(
     if not need_dq:
         return loss, q.new_empty((0, q.shape[1]), dtype=dtype), rank, pos[stats], neg[stats]
     dq_hat = ((exps / total[:, None]) @ rows - miss[:, None] * k_hat) / temperature
-    return loss, _through_norm(dq_hat, q_hat, norm), rank, pos[stats], neg[stats]
+    return loss, through_norm(dq_hat, q_hat, norm), rank, pos[stats], neg[stats]
 
 
 def nt_xent(
@@ -128,7 +128,7 @@ def nt_xent(
     if not need_dz:
         return loss, dz_hat
     dz_hat = (dz_hat - (miss + miss[other])[:, None] * z_hat[other]) / temperature
-    return loss, _through_norm(dz_hat, z_hat, norm)
+    return loss, through_norm(dz_hat, z_hat, norm)
 
 
 def contrast(
@@ -177,6 +177,6 @@ def contrast(
         if need_dk:
             dk_hat += p.mT @ q_hat[:, block]
             dk_hat[:, own][:, block] -= miss[..., None] * q_hat[:, block]
-    dq = _through_norm(dq_hat / temperature, q_hat, q_norm) if need_dq else dq_hat
-    dk = _through_norm(dk_hat / temperature, k_hat, k_norm) if need_dk else dk_hat
+    dq = through_norm(dq_hat / temperature, q_hat, q_norm) if need_dq else dq_hat
+    dk = through_norm(dk_hat / temperature, k_hat, k_norm) if need_dk else dk_hat
     return loss, dq, dk
