@@ -19,7 +19,8 @@ from moco_fast.train.pretrained import load_pretrained
 
 TINY = PretrainConfig(
     data="digits", epochs=1, batch_size=256, width=8, dim=16, log_every=1, knn_every=10**9, knn_bank=200,
-    knn_queries=50, augment=AugmentConfig(image_size=8), threads=1, warmup_epochs=0.0, lr=0.02, lr_batch_size=256,
+    knn_queries=50, augment=AugmentConfig(image_size=8), threads=1, warmup_epochs=0.0, lr=0.02,
+    lr_batch_size=256,
 )  # fmt: skip
 SMALL = {"queue_size": 512, "mlp_dim": 32, "pred_dim": 16, "prototypes": 64}
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from bench import studies
 from moco_fast.commands import run as command
 from moco_fast.data.augment import AugmentConfig
 from moco_fast.study import figure, plans, sweep
@@ -140,5 +141,12 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert command(["study", "momentum", "--out", str(out)]) == 0
     assert {"results.csv", "table.md", "figure.png"} <= {path.name for path in out.iterdir()}
     assert "How slow?" in capsys.readouterr().out
+    (tmp_path / "doc.md").write_text("before\n<!-- studies:begin -->\n<!-- studies:end -->\nafter\n")
+    (tmp_path / "images").mkdir()
+    out.rename(out := tmp_path / "momentum-small")
+    studies.write(tmp_path, "small", tmp_path / "doc.md")
+    text = (tmp_path / "doc.md").read_text()
+    assert text.startswith("before") and "## How slow?" in text and "2 runs," in text
+    assert (tmp_path / "images" / "study-momentum.png").exists()
     assert command(["study", "momentum", "--out", str(out), "--seeds", "0"]) == 1
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
