@@ -17,6 +17,7 @@ from moco_fast.models.backbones import backbone
 from moco_fast.train import checkpoint
 from moco_fast.train.build import build_model
 from moco_fast.train.config import PretrainConfig
+from moco_fast.train.methods import Facts
 
 
 def save(path, model, config=None, **changes):
@@ -33,7 +34,7 @@ def save(path, model, config=None, **changes):
 def untrained(tmp_path):
     config = PretrainConfig(data="digits", width=8, dim=16, queue_size=64, batch_size=32)
     config = replace(config, augment=replace(config.augment, image_size=8))
-    return save(tmp_path / "c.pth", build_model(config, 1), config)
+    return save(tmp_path / "c.pth", build_model(config, 1, Facts(100, 10)), config)
 
 
 def test_several_k_and_json(untrained, tmp_path, capsys):

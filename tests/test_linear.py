@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moco_fast.commands import run
-from moco_fast.data.augment import center_view, crop_view
+from moco_fast.data.augment import AugmentConfig, center_view, random_view
 from moco_fast.data.datasets import load_dataset
 from moco_fast.data.images import Dataset, ImageSet, MemoryImages
 from moco_fast.evaluate.features import View, features_of
@@ -21,6 +21,7 @@ from moco_fast.models.resnet import small_resnet
 from moco_fast.train import checkpoint
 from moco_fast.train.build import build_model
 from moco_fast.train.config import PretrainConfig
+from moco_fast.train.methods import Facts
 from moco_fast.train.pretrained import load_pretrained
 
 CPU = torch.device("cpu")
@@ -248,15 +249,20 @@ def test_no_labels():
         evaluate_linear(nn.Flatten(), small_dataset(labels=False), View(12, [0.4], [0.3], CPU), CONFIG)
 
 
-def test_crop_view():
+def crops_of(images, scale):
+    crop = AugmentConfig(8, scale, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
+    return random_view(images, crop, [0.5], [0.2], torch.Generator().manual_seed(0))
+
+
+def test_random_crops():
     """A crop of everything, not flipped, is the central view; a smaller one is another picture."""
     images = torch.randint(0, 256, (64, 1, 12, 12), dtype=torch.uint8)
     whole = center_view(images, 8, [0.5], [0.2])
-    crops = crop_view(images, 8, [0.5], [0.2], torch.Generator().manual_seed(0), (1.0, 1.0))
+    crops = crops_of(images, (1.0, 1.0))
     same = torch.isclose(crops, whole, atol=1e-4).flatten(1).all(1)
     flipped = torch.isclose(crops, whole.flip(3), atol=1e-4).flatten(1).all(1)
     assert (same | flipped).float().mean() > 0.9 and 0.2 < flipped.float().mean() < 0.8
-    part = crop_view(images, 8, [0.5], [0.2], torch.Generator().manual_seed(0), (0.1, 0.3))
+    part = crops_of(images, (0.1, 0.3))
     assert part.shape == whole.shape and not torch.isclose(part, whole, atol=1e-2).flatten(1).all(1).any()
 
 
@@ -264,7 +270,7 @@ def test_crop_view():
 def untrained(tmp_path):
     config = PretrainConfig(data="digits", width=8, dim=16, queue_size=64, batch_size=32)
     config = replace(config, augment=replace(config.augment, image_size=8))
-    model = build_model(config, 1)
+    model = build_model(config, 1, Facts(100, 10))
     extras = {"config": config.to_dict(), "channels": 1, "mean": [0.3], "std": [0.4]}
     state = {"epoch": 0, "arch": config.arch, "optimizer": {}, "moco_fast": extras}
     checkpoint.write_atomic(

@@ -11,6 +11,7 @@ from moco_fast.models.backbones import backbone
 from moco_fast.train import checkpoint
 from moco_fast.train.build import IMAGENET_MEAN, build_model
 from moco_fast.train.config import PretrainConfig
+from moco_fast.train.methods import Facts
 from moco_fast.train.pretrained import load_pretrained
 
 CONFIG = PretrainConfig(data="digits", width=8, dim=16, queue_size=64, batch_size=32, seed=3)
@@ -85,12 +86,12 @@ def test_own_checkpoints(tmp_path, arch):
         features = loaded.backbone(images)
         assert torch.equal(features, model.eval().features(images)) and features.shape == (2, loaded.width)
     assert (loaded.image_size, loaded.data, loaded.canvas) == (32, "digits", 2.0)
-    assert (loaded.channels, loaded.mean, loaded.method) == (channels, (0.3,) * channels, "moco")
+    assert (loaded.channels, loaded.mean, loaded.method) == (channels, (0.3,) * channels, "moco-v2")
 
 
 @pytest.mark.parametrize("prefix", ["encoder", "teacher", "base_encoder"])
 def test_other_methods_of_this_library(tmp_path, prefix):
-    model = stirred(build_model(CONFIG, 1))
+    model = stirred(build_model(CONFIG, 1, Facts(100, 10)))
     state = {n.replace("encoder_q.", prefix + "."): v for n, v in model.state_dict().items()}
     state = {"module." + n: v for n, v in state.items() if not n.startswith("encoder_k.")}
     config = CONFIG.to_dict() | {"method": "another", "a field of another method": 1}
@@ -101,7 +102,7 @@ def test_other_methods_of_this_library(tmp_path, prefix):
 
 
 def test_fresh_is_the_initialisation_of_the_run(tmp_path):
-    model = build_model(CONFIG, 1).eval()
+    model = build_model(CONFIG, 1, Facts(100, 10)).eval()
     images = torch.randn(2, 1, 28, 28)
     want = model.features(images)
     loaded = load_pretrained(of_this_library(tmp_path / "c.pth", stirred(model)))
@@ -113,7 +114,7 @@ def test_fresh_is_the_initialisation_of_the_run(tmp_path):
 
 
 def test_image_size_can_be_chosen(tmp_path):
-    path = of_this_library(tmp_path / "c.pth", build_model(CONFIG, 1))
+    path = of_this_library(tmp_path / "c.pth", build_model(CONFIG, 1, Facts(100, 10)))
     assert load_pretrained(path, image_size=40).image_size == 40
     densenet = models.densenet121().state_dict()
     state = {f"encoder_q.{n}": v for n, v in densenet.items()}

@@ -119,7 +119,8 @@ STUDIES: dict[str, Study] = {
         "How slowly must the key encoder move?",
         "He et al. 2020, section 4.1, ablation of momentum",
         "momentum m",
-        lambda: _over(_small, "moco-v1", "momentum", (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999)),
+        # A queue of 128 batches, so that keys of many encoders meet, as 256 do in the paper's.
+        lambda: _over(_small, "moco-v2", "momentum", (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999), queue_size=16384),
         lambda: _over(_imagenet, "moco-v1", "momentum", (0.0, 0.9, 0.99, 0.999, 0.9999), queue_size=4096),
     ),
     "temperature": Study(
