@@ -26,7 +26,7 @@ from moco_fast.train.display import Display
 from moco_fast.train.finetune import finetune
 from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.layers import parameter_groups
-from moco_fast.train.loop import NonFiniteLossError
+from moco_fast.train.meter import NonFiniteLossError
 from moco_fast.train.pretrained import load_pretrained
 from moco_fast.train.schedule import cosine
 

@@ -20,7 +20,8 @@ from moco_fast.data.augment import AugmentConfig
 from moco_fast.train import checkpoint
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
-from moco_fast.train.loop import NonFiniteLossError, pretrain
+from moco_fast.train.loop import pretrain
+from moco_fast.train.meter import NonFiniteLossError
 from moco_fast.train.presets import PRESETS, moved_to, preset_for
 from moco_fast.train.schedule import learning_rate
 

@@ -19,7 +19,7 @@ from moco_fast.commands.pretrain import Pretrain, defaults
 from moco_fast.commands.study import Study
 from moco_fast.distributed import Disagreement
 from moco_fast.evaluate.frozen import BackboneMovedError
-from moco_fast.train.loop import NonFiniteLossError
+from moco_fast.train.meter import NonFiniteLossError
 from moco_fast.train.processes import PeerFailedError
 
 RUN_ERRORS = (NonFiniteLossError, Disagreement, PeerFailedError, BackboneMovedError)

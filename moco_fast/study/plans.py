@@ -134,7 +134,7 @@ STUDIES: dict[str, Study] = {
         "Does shuffling the keys' batch keep batch norm from giving the positive away?",
         "He et al. 2020, section 3.3 and appendix A.9",
         None,
-        lambda: _shuffle(_small, "moco-v2", 16, epochs=2),
+        lambda: _shuffle(_small, "moco-v2", 32, epochs=2),
         lambda: _shuffle(_published, "cifar10-200", 8),
     ),
     "batch-size": Study(

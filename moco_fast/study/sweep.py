@@ -17,7 +17,8 @@ from moco_fast.files import write_text
 from moco_fast.study.plans import Point
 from moco_fast.study.results import Row, read_rows, write_rows
 from moco_fast.train.config import PretrainConfig
-from moco_fast.train.loop import NonFiniteLossError, pretrain
+from moco_fast.train.loop import pretrain
+from moco_fast.train.meter import NonFiniteLossError
 from moco_fast.train.processes import joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE
 from moco_fast.train.subject import PIXELS, RANDOM, TRAINED, load_subject

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from moco_fast.data.augment import random_view
 from moco_fast.data.fraction import labelled_fraction
 from moco_fast.data.images import ImageSet
 from moco_fast.data.loader import BatchLoader
-from moco_fast.distributed import average_, check_agreement, from_all, largest, rank, world_size
+from moco_fast.distributed import check_agreement, from_all, largest, rank, world_size
 from moco_fast.evaluate.features import View, all_features, labels_missing
 from moco_fast.evaluate.pictures import plot_confusion, plot_curves
 from moco_fast.evaluate.scores import accuracy_at, confusion
@@ -37,7 +36,8 @@ from moco_fast.train.display import Display
 from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.interrupt import StopRequest
 from moco_fast.train.layers import parameter_groups
-from moco_fast.train.loop import NonFiniteLossError, explain_not_finite, refuse_to_overwrite
+from moco_fast.train.loop import refuse_to_overwrite
+from moco_fast.train.meter import Meter, check_weights
 from moco_fast.train.pretrained import dataset_for, load_pretrained
 from moco_fast.train.processes import first_on_machine, joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE, Recorder
@@ -209,10 +209,7 @@ def _finetune(
     )  # fmt: skip
 
     def save() -> None:
-        try:
-            checkpoints.check_finite(model)
-        except ValueError as error:
-            raise NonFiniteLossError(explain_not_finite(step, f"weights: {error}", out)) from error
+        check_weights(model, step, out)
         average_statistics_(model)
         random = from_all(checkpoints.random_state())
         state = {
@@ -246,33 +243,16 @@ def _finetune(
         on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
     recorder = Recorder(out if rank() == 0 else None, step)
-    pending: list[Tensor] = []  # losses of steps since the last record, still on the device
-    began, waited = time.monotonic(), 0.0
+    meter = Meter(loader, config.batch_size, out)
 
     def record() -> None:
-        """Fetch the losses of the steps since the last record: the only wait for the device."""
-        nonlocal began, waited
-        if not pending:
+        """Write down and show the losses of the steps since the last record."""
+        values = meter.fetch(step)
+        if not values:
             return
-        losses = torch.stack(pending)
-        average_(losses)
-        losses = losses.cpu()
-        first = step - len(pending) + 1
-        pending.clear()
-        if not torch.isfinite(losses).all():
-            bad = int((~torch.isfinite(losses)).nonzero()[0])
-            raise NonFiniteLossError(explain_not_finite(first + bad, f"loss: {losses[bad].item()}", out))
-        now = time.monotonic()
-        values = {
-            "epoch": step / steps_per_epoch,
-            "train_loss": losses.mean().item(),
-            "lr": rate,
-            "images_per_s": len(losses) * config.batch_size / (now - began),
-            "data_wait": (loader.wait_seconds - waited) / (now - began),
-        }
-        recorder.write(step, **values)
-        display.metrics(step, values | {"loss": values["train_loss"]})
-        began, waited = now, loader.wait_seconds
+        values |= {"epoch": step / steps_per_epoch, "lr": rate}
+        display.metrics(step, values)
+        recorder.write(step, train_loss=values.pop("loss"), **values)
 
     scores, stopped, rate = None, 0, 0.0
     chance = math.log(classes)
@@ -296,7 +276,7 @@ def _finetune(
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
                     loss.backward()
                     optimizer.step()
-                    pending.append(loss.detach())
+                    meter.add({"loss": loss.detach()})
                     step += 1
                     display.advance(step)
                     if step % config.log_every == 0 or step % steps_per_epoch == 0:
@@ -304,7 +284,7 @@ def _finetune(
                     if step % steps_per_epoch == 0:
                         scores = _evaluate(model, dataset.test, view, classes)
                         _note(scores, step, step // steps_per_epoch, recorder, display)
-                        began = time.monotonic()  # measuring is not training
+                        meter.restart()  # measuring is not training
                     stopped = largest(stop.signal or 0)[0]
                     if stopped:
                         break

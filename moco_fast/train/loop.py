@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from moco_fast._version import __version__
 from moco_fast.data.augment import TwoCrops
 from moco_fast.data.datasets import load_dataset
 from moco_fast.data.loader import BatchLoader
-from moco_fast.distributed import average_, check_agreement, from_all, largest, rank, world_size
+from moco_fast.distributed import check_agreement, from_all, largest, rank, world_size
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
@@ -40,6 +39,7 @@ from moco_fast.train.collapse import CollapseAlarm, EmbeddingWatch
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
 from moco_fast.train.interrupt import StopRequest
+from moco_fast.train.meter import Meter, check_weights
 from moco_fast.train.methods import METHODS, Facts, Views
 from moco_fast.train.presets import moved_to
 from moco_fast.train.processes import first_on_machine, joined, on_rank_0
@@ -47,10 +47,6 @@ from moco_fast.train.record import METRICS_FILE, Recorder
 from moco_fast.train.schedule import learning_rate
 
 KNN_MEASUREMENTS = 4  # during a run whose config leaves the choice
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the weights became NaN or infinite; the last checkpoint is from before."""
 
 
 @dataclass(frozen=True)
@@ -204,10 +200,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     )  # fmt: skip
 
     def save() -> None:
-        try:
-            checkpoints.check_finite(model)
-        except ValueError as error:
-            raise NonFiniteLossError(explain_not_finite(step, f"weights: {error}", out)) from error
+        check_weights(model, step, out)
         average_statistics_(model)
         random = from_all(checkpoints.random_state())
         # One queue of every process, unless they are the same.
@@ -239,37 +232,20 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
     recorder = Recorder(out if rank() == 0 else None, step)
-    pending: list[dict[str, Tensor]] = []  # metrics of steps since the last record, still on the device
     alarm = CollapseAlarm(grace=min(total // 10, steps_per_epoch))
     keys_per_image = row.keys_per_image(config)
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
-    began, waited = time.monotonic(), 0.0
+    meter = Meter(loader, config.batch_size, out)
 
     def record() -> None:
-        """Fetch the metrics of the steps since the last record: the only wait for the device."""
-        nonlocal began, waited
-        if not pending:
+        """Write down and show the metrics of the steps since the last record."""
+        values = meter.fetch(step)
+        if not values:
             return
-        names = list(pending[0])
-        metrics = torch.stack([torch.stack([found[name] for name in names]) for found in pending])
-        average_(metrics)
-        rows = metrics.cpu()
-        first = step - len(pending) + 1
-        pending.clear()
-        finite = torch.isfinite(rows[:, 0])
-        if not finite.all():
-            bad = int((~finite).nonzero()[0])
-            raise NonFiniteLossError(explain_not_finite(first + bad, f"loss: {rows[bad, 0].item()}", out))
-        now = time.monotonic()
-        values = {
-            "epoch": step / steps_per_epoch,
-            **dict(zip(names, rows.mean(0).tolist(), strict=True)),
-            **({"chance_loss": chance} if chance else {}),
-            "lr": optimizer.param_groups[0]["lr"],
-            "images_per_s": len(rows) * config.batch_size / (now - began),
-            "data_wait": (loader.wait_seconds - waited) / (now - began),
-        }
+        values |= {"epoch": step / steps_per_epoch, "lr": optimizer.param_groups[0]["lr"]}
+        if chance is not None:
+            values["chance_loss"] = chance
         if keys_per_image and config.queue_size:
             keys = step * config.batch_size * keys_per_image
             values["queue_fill"] = min(1.0, keys / config.queue_size)
@@ -277,7 +253,6 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         display.metrics(step, values)
         if warning := alarm.look(step, values["spread"], values["rank"]):
             display.say(warning)
-        began, waited = now, loader.wait_seconds
 
     stopped = 0  # the signal that ends the run on every process, at the same step
     with StopRequest() as stop, Display(console, total, step, chance) as display:
@@ -299,7 +274,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
                         None if labels is None else labels[read.indices].to(device, non_blocking=True),
                     )  # fmt: skip
                     metrics = _forward_backward(replica, batch, config, step / total, device)
-                    pending.append(metrics | watch.stats())
+                    meter.add(metrics | watch.stats())
                     optimizer.step()
                     step += 1
                     display.advance(step)
@@ -313,7 +288,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
                         display.say(
                             f"step {step}: kNN accuracy {knn:.1%} (raw pixels {accuracy['raw pixels']:.1%})"
                         )
-                        began = time.monotonic()  # measuring is not training
+                        meter.restart()  # measuring is not training
                     if isinstance(model, MoCo) and step % config.verify_every == 0:
                         model.verify_queue()
                     stopped = largest(stop.signal or 0)[0]
@@ -366,15 +341,3 @@ def refuse_to_overwrite(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         hint = f"resume it (--resume {out})" if (out / checkpoints.FILE_NAME).exists() else "empty it"
         raise FileExistsError(f"out {str(out)!r} is not empty: {hint}, or choose another --out")
-
-
-def explain_not_finite(step: int, what: str, out: Path) -> str:
-    """The message of NonFiniteLossError."""
-    if (out / checkpoints.FILE_NAME).exists():
-        rest = f"The last good checkpoint stays in {out}: resume it with a lower --lr."
-    else:
-        rest = "No checkpoint had been written yet."
-    return (
-        f"not finite at step {step} ({what}). Likely causes: lr too high, no warm-up, temperature too low, "
-        f"or broken images. {rest}"
-    )
