@@ -1,11 +1,17 @@
 """The collapse alarm: its statistics against their definitions, and when it speaks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
+from moco_fast.data.augment import AugmentConfig
 from moco_fast.train.collapse import PATIENCE, CollapseAlarm, EmbeddingWatch, embedding_stats
+from moco_fast.train.config import PretrainConfig
+from moco_fast.train.loop import pretrain
 
 
 def plain(z):
@@ -63,3 +69,18 @@ def test_fresh_networks_are_not_judged():
     for step in range(10, 101, 10):
         assert alarm.look(step, 0.01, 1.0) is None and alarm.since is None
     assert alarm.look(110, 0.01, 9.0) is None and alarm.since == 110
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_simsiam_collapses_without_its_stop_gradient(stop_gradient, tmp_path):
+    config = PretrainConfig(
+        data="digits", epochs=20, warmup_epochs=0.5, width=8, knn_every=10**9, knn_bank=500, threads=1,
+        augment=AugmentConfig(8, (0.4, 1.0), jitter=(0.8, 0.8, 0.0, 0.0), gray_p=0.0, blur_p=0.0),
+    )  # fmt: skip
+    config = replace(config.with_method("simsiam"), dim=64, pred_dim=16, stop_gradient=stop_gradient)
+    console = Console(record=True, width=200)
+    outcome = pretrain(config, tmp_path / "run", console=console)
+    text = console.export_text()
+    assert outcome.collapsed == (not stop_gradient) and ("COLLAPSE at step" in text) == (not stop_gradient)
+    better = outcome.accuracy["trained"] - outcome.accuracy["random init"]
+    assert better > 0.05 if stop_gradient else better < 0.05
