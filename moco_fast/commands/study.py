@@ -29,6 +29,11 @@ class Study:
 
     methods compares all methods, dictionary the number of negatives (figure 3 of the MoCo paper), momentum
     that of the key encoder, temperature T, shuffle shuffled with plain batch norm, batch-size MoCo v3's.
+
+    examples:
+      moco-fast study momentum                                     minutes on two cores
+      moco-fast study methods --seeds 3                            mean and deviation over seeds
+      moco-fast study dictionary --scale full --data imagenet/     the paper's setting, on GPUs
     """
 
     name: tyro.conf.Positional[StudyName]
