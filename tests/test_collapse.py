@@ -84,3 +84,9 @@ def test_simsiam_collapses_without_its_stop_gradient(stop_gradient, tmp_path):
     assert outcome.collapsed == (not stop_gradient) and ("COLLAPSE at step" in text) == (not stop_gradient)
     better = outcome.accuracy["trained"] - outcome.accuracy["random init"]
     assert better > 0.05 if stop_gradient else better < 0.05
+
+
+def test_two_classes_lie_on_a_line():
+    alarm = CollapseAlarm(by_rank=False)
+    assert all(alarm.look(step, 0.99, 1.0) is None for step in range(0, 10 * PATIENCE, 10))
+    assert alarm.since is None and not alarm.told

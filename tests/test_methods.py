@@ -1,9 +1,12 @@
 """The table of methods: every one trains, resumes and is evaluated; what it does not use it refuses."""
 
+import contextlib
 import json
+import math
 from dataclasses import fields, replace
 
 import pytest
+import ranks
 import torch
 from rich.console import Console
 
@@ -40,7 +43,7 @@ def variants():
         yield from ((method, {name: True}) for name in ("symmetric", "nce") if name in row.options)
 
 
-@pytest.mark.parametrize(("method", "changes"), variants(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("method", "changes"), list(variants()), ids=lambda value: str(value))
 def test_every_method_trains_and_resumes_bit_for_bit(method, changes, tmp_path):
     config = tiny(method, **changes)
     outcome = run(config, tmp_path / "run")
@@ -110,11 +113,9 @@ def test_a_refused_option_on_the_command_line(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.in_batch])
-def test_negatives_of_the_batch_are_not_cut_silently(method):
-    with pytest.raises(
-        ValueError, match="takes its negatives from the batch, which accumulation=2 would cut"
-    ):
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.undivided])
+def test_batches_are_not_cut_silently(method):
+    with pytest.raises(ValueError, match="which accumulation=2 would cut into parts"):
         tiny(method, accumulation=2)
 
 
@@ -128,10 +129,80 @@ def test_labels_are_asked_for(tmp_path):
         run(tiny("sup-moco", data=str(tmp_path / "photos"), batch_size=16), tmp_path / "run")
 
 
-def test_a_checkpoint_of_another_method(tmp_path):
+def test_a_checkpoint_of_another_method(tmp_path, capsys):
     run(tiny("simclr"), tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match=r"method must be that of the checkpoint .*'simclr'"):
         run(tiny("simsiam"), tmp_path, resume=True)
+    assert command(["pretrain", "--resume", str(tmp_path), "--method", "simsiam"]) == 1
+    assert "method must be that of the checkpoint" in capsys.readouterr().err
+
+
+def test_options_that_would_do_nothing_are_refused():
+    with pytest.raises(ValueError, match="freeze_patch needs a vision transformer"):
+        tiny("moco-v3", freeze_patch=True)
+    with pytest.raises(ValueError, match="method 'memory-bank' has one view of an image"):
+        tiny("memory-bank", augment_second=AugmentConfig(image_size=8))
+    with pytest.raises(ValueError, match=r"optimizer 'adamw' does not use sgd_momentum, got 0\.5"):
+        tiny("simclr", optimizer="adamw", sgd_momentum=0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "want"),
+    [
+        ("moco-v2", {}, math.log(513)),
+        ("moco-v2", {"symmetric": True}, 2 * math.log(513)),
+        ("memory-bank", {}, math.log(513)),
+        ("memory-bank", {"nce": True}, math.log1p(512) + 512 * math.log1p(1 / 512)),
+        ("simclr", {}, math.log(511)),
+        ("end-to-end", {}, math.log(256)),
+        ("moco-v3", {}, 4 * 0.2 * math.log(256)),
+    ],
+)
+def test_loss_of_guessing(method, changes, want):
+    config = tiny(method, **changes)
+    assert METHODS[method].chance(config) == pytest.approx(want)
+
+
+def test_a_method_keeps_what_the_recipe_chose():
+    recipe = PRESETS["moco-v2"].config
+    v1 = recipe.with_method("moco-v1")
+    assert (v1.queue_size, v1.momentum, v1.temperature) == (65536, 0.999, 0.07)
+    cifar = PRESETS["cifar10-200"].config.with_method("moco-v2")
+    assert (cifar.bn_splits, cifar.temperature) == (8, 0.1)
+    assert PretrainConfig().with_method("simsiam").with_method("moco-v2") == PretrainConfig()
+
+
+class Stop(Exception):
+    pass
+
+
+def rank_resuming(rank, folder):
+    """Buffers of the queue at the end of a run, and when it is resumed."""
+    from moco_fast.train import loop
+
+    seen, replicated = [], loop.replicated
+
+    def watched(model, *rest):
+        seen.append(model)
+        if len(seen) == 2:
+            raise Stop
+        return replicated(model, *rest)
+
+    loop.replicated = watched
+    config = tiny("sup-moco", queue_sync="local")
+    run(config, folder)
+    with contextlib.suppress(Stop):
+        run(replace(config, epochs=2), folder, resume=True)
+    return [{name: b for name, b in model.named_buffers() if name.startswith("queue")} for model in seen]
+
+
+def test_every_rank_gets_its_own_queue_and_labels_back(tmp_path):
+    found = ranks.run(2, rank_resuming, tmp_path / "run", folder=tmp_path)
+    for ended, resumed in found:
+        assert set(ended) == {"queue", "queue_ptr", "queue_labels"}
+        for name, value in ended.items():
+            assert torch.equal(value, resumed[name]), name
+    assert not torch.equal(found[0][0]["queue_labels"], found[1][0]["queue_labels"])
 
 
 def test_with_method_resets_what_is_the_methods_own():

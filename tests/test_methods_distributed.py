@@ -38,7 +38,7 @@ def rank_training(rank, name):
     model = MODELS[name]()
     if rank > 0:  # what is no parameter, the model makes the same itself
         for buffer in model.buffers():
-            buffer.neg_()
+            buffer.add_(1)
     each = BATCH // distributed.world_size()
     torch.manual_seed(1)
     part = slice(rank * each, (rank + 1) * each)

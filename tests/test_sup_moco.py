@@ -57,6 +57,15 @@ def test_checkpoint():
     assert list(build().state_dict())[:3] == ["queue", "queue_ptr", "queue_labels"]
 
 
+def test_checksum_sees_the_labels():
+    model = build()
+    before = model.checksum()
+    model.queue_labels[3] = 2
+    assert model.checksum() != before
+    model.queue_labels[3], model.queue_labels[4] = -1, 2
+    assert model.checksum() != before
+
+
 def test_autocast():
     methods.assert_autocast_and_layout(build(), next(batches()))
 
@@ -107,6 +116,8 @@ def test_parts_of_a_batch_and_keys_from_outside():
 def rank_training(rank, splits):
     model = build(bn_splits=splits)
     each = BATCH // distributed.world_size()
+    if rank > 0:
+        model.queue_labels.add_(1)  # the model makes them rank 0's
     torch.manual_seed(rank)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     losses = methods.train(wrapped, batches(10, part=slice(rank * each, (rank + 1) * each)))

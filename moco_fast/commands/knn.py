@@ -99,5 +99,5 @@ class Knn:
             )  # fmt: skip
             for k, classes in predicted.items():
                 accuracy[k][name] = classes.accuracy(test.labels), classes.accuracy(test.labels, 5)
-        note = f"{dataset.name}: {len(bank):,} images vote, {len(test):,} are asked"
+        note = f"{subject}: {len(bank):,} images vote, {len(test):,} are asked"
         return accuracy, predicted[self.k[0]].classes[:, 0], note

@@ -74,7 +74,7 @@ class Linear:
             names = ", ".join(dataset.class_names[label] for label in own.never_held_out[:5])
             console.print(f"Not held out, for they have one training image: {names}")
         console.print(
-            f"{dataset.name}: {len(dataset.train):,} images to learn, {len(dataset.test or ()):,} to test"
+            f"{subject}: {len(dataset.train):,} images to learn, {len(dataset.test or ()):,} to test"
         )
         if len(self.protocol.lr) > 1:
             console.print(sweep_table(own))

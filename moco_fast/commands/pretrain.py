@@ -17,7 +17,7 @@ from moco_fast.data.datasets import absolute
 from moco_fast.distributed import from_rank_0, rank
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.config import PretrainConfig
-from moco_fast.train.loop import pretrain
+from moco_fast.train.loop import check_same_method, pretrain
 from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS, preset_for
 from moco_fast.train.processes import joined, may_restart, restarted
@@ -79,7 +79,9 @@ def defaults(argv: Sequence[str]) -> PretrainConfig:
     if argv[:1] != ["pretrain"]:
         return PretrainConfig()
     if resume := value_of("--resume", argv):
-        return PretrainConfig.from_dict(checkpoints.read(resume)["moco_fast"]["config"])
+        config = PretrainConfig.from_dict(checkpoints.read(resume)["moco_fast"]["config"])
+        check_same_method(config.method, value_of("--method", argv) or config.method, resume)
+        return config
     preset = value_of("--preset", argv) or preset_for(value_of("--data", argv) or "fashion-mnist")
     # The parser refuses a wrong name, and lists the right ones.
     config = PRESETS[preset].config if preset in PRESETS else PretrainConfig()

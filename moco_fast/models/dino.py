@@ -48,7 +48,7 @@ class DINO(Method):
 
     center: Tensor
 
-    # The same on all ranks by itself; DDP would broadcast it in every forward.
+    # The same on all ranks since the first step; DDP would broadcast it in every forward.
     _ddp_params_and_buffers_to_ignore = ("center",)
 
     def __init__(
@@ -75,6 +75,7 @@ class DINO(Method):
             target.data.copy_(source.data)
             target.requires_grad = False
         self.register_buffer("center", torch.zeros(prototypes))
+        self._settled = False  # the ranks hold one center
 
     def forward(
         self,
@@ -107,6 +108,9 @@ class DINO(Method):
         teacher_T = self.teacher_T if teacher_T is None else teacher_T
         steps.agree(self, lambda: self._facts(x1, x2, m, teacher_T), getattr(x1, "device", None))
         if self.training:
+            if not self._settled:
+                distributed.broadcast_(self.center)
+                self._settled = True
             targets, sources = zip(*self._pairs(), strict=True)
             ops.ema_update_(list(targets), list(sources), m)
         images = torch.cat([x1, x2])

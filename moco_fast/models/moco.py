@@ -266,7 +266,7 @@ class MoCo(Method, KeyQueue):
         if self.shuffle.generator is None:  # the first step: agree once on a seed and an initial queue
             self.shuffle.agree(self.queue_ptr.device)
             if self.queue_sync == "global":
-                distributed.broadcast_(self.rows, self.queue_ptr)
+                distributed.broadcast_(*self._shared_state())
                 self._forget_mirror()
         # Images travel while the queries are encoded.
         exchanges = [self._exchange(images) if shuffles else None for _, images in directions]
@@ -276,6 +276,10 @@ class MoCo(Method, KeyQueue):
         with torch.no_grad():
             keys = [self._keys(images, way) for (_, images), way in zip(directions, exchanges, strict=True)]
         return q, _joined([own for own, _ in keys]), partial(self._end_part, [every for _, every in keys])
+
+    def _shared_state(self) -> list[Tensor]:
+        """What ranks with one queue have to hold alike."""
+        return [self.rows, self.queue_ptr]
 
     def _exchange(self, images: Tensor) -> distributed.Exchange:
         return distributed.Exchange(images, self.shuffle.plan(len(images), self.bn_splits, images.device))

@@ -121,6 +121,14 @@ class SupMoCo(MoCo):
         super().end_step()
         self._labels = []
 
+    def checksum(self) -> Tensor:
+        """That of the queue and of its labels."""
+        places = 2 * torch.arange(self.K, device=self.queue_labels.device) + 1
+        return super().checksum() + ((self.queue_labels + 2) * places).sum()
+
+    def _shared_state(self) -> list[Tensor]:
+        return [*super()._shared_state(), self.queue_labels]
+
     def _label_facts(self, im_q: Tensor, labels: Tensor) -> dict[str, object]:
         checks.in_range("labels", checks.per_row("labels", labels, "im_q", im_q), self.classes, start=-1)
         return {"classes": self.classes, "labels": tuple(labels.shape)}

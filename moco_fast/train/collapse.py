@@ -66,26 +66,28 @@ class CollapseAlarm:
 
     Args:
         grace: steps that are not judged: the embeddings of a fresh network lie close together.
+        by_rank: judge by the rank too. With labels of two classes the best embeddings lie on a line.
 
     Attributes:
         since: step at which the present collapse was first seen, or None.
+        told: whether it has lasted, and has been told of.
     """
 
-    def __init__(self, grace: int = 0) -> None:
-        self._grace = grace
+    def __init__(self, grace: int = 0, by_rank: bool = True) -> None:
+        self._grace, self._lowest_rank = grace, RANK if by_rank else 0.0
         self.since: int | None = None
-        self._told = False
+        self.told = False
 
     def look(self, step: int, spread: float, rank: float) -> str | None:
         """What to say after a record with these statistics: nothing, nearly always."""
-        if step <= self._grace or (spread >= SPREAD and rank >= RANK):
-            self.since, self._told = None, False
+        if step <= self._grace or (spread >= SPREAD and rank >= self._lowest_rank):
+            self.since, self.told = None, False
             return None
         if self.since is None:
             self.since = step
-        if self._told or step - self.since < PATIENCE:
+        if self.told or step - self.since < PATIENCE:
             return None
-        self._told = True
+        self.told = True
         where = "in one point" if spread < SPREAD else "on one line"
         return (
             f"COLLAPSE at step {step}: for {step - self.since} steps the embeddings of different images have "

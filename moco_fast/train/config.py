@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moco_fast import checks
 from moco_fast.data.augment import AugmentConfig
+from moco_fast.models.backbones import VITS
 from moco_fast.train.methods import METHODS
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ _COUNTS = (
 # Those that not every method uses; None where it does not.
 _OPTIONAL_COUNTS = ("queue_size", "bn_splits", "mlp_dim", "pred_dim", "prototypes")
 OPTIONS = (
-    *_OPTIONAL_COUNTS, "momentum", "temperature", "teacher_temperature", "shuffle", "queue_sync",
-    "symmetric", "nce", "stop_gradient", "freeze_patch",
+    *_OPTIONAL_COUNTS, "momentum", "bank_momentum", "temperature", "teacher_temperature", "shuffle",
+    "queue_sync", "symmetric", "nce", "stop_gradient", "freeze_patch",
 )  # fmt: skip
 
 _VIEWS = AugmentConfig(
@@ -64,7 +65,9 @@ class PretrainConfig:
     queue_size: int | None = None
     """K, the number of negatives: keys in the queue, or rows drawn from the memory bank."""
     momentum: float | None = None
-    """m, of the key encoder (moco-v3, dino: at the start, then rising to 1) or of the memory bank."""
+    """m, of the key encoder or the teacher; with moco-v3 and dino at the start, then rising to 1."""
+    bank_momentum: float | None = None
+    """Of the memory bank's rows."""
     temperature: float | None = None
     """T, of the loss."""
     teacher_temperature: float | None = None
@@ -164,8 +167,9 @@ class PretrainConfig:
         if self.width % 8:  # oneDNN's gradient of narrower strided 1x1 convolutions differs from run to run
             raise ValueError(f"width must be a multiple of 8, got {self.width}")
         checks.momentum(self.sgd_momentum, "sgd_momentum")
-        if self.momentum is not None:
-            checks.momentum(self.momentum, "momentum")
+        for name in ("momentum", "bank_momentum"):
+            if getattr(self, name) is not None:
+                checks.momentum(getattr(self, name), name)
         for name in ("temperature", "teacher_temperature"):
             if getattr(self, name) is not None:
                 checks.temperature(getattr(self, name), name)
@@ -185,11 +189,19 @@ class PretrainConfig:
                 f"accumulation={self.accumulation} times bn_splits={splits} must divide "
                 f"batch_size={self.batch_size}"
             )
-        if self.accumulation > 1 and row.in_batch:
+        if self.accumulation > 1 and row.undivided:
             raise ValueError(
-                f"method {self.method!r} takes its negatives from the batch, which accumulation="
-                f"{self.accumulation} would cut into parts with fewer: use more processes, or bf16"
+                f"method {self.method!r} {row.undivided}, which accumulation={self.accumulation} would cut "
+                "into parts: use more processes, or bf16"
             )
+        if self.freeze_patch and self.arch not in VITS:
+            raise ValueError(
+                f"freeze_patch needs a vision transformer ({', '.join(VITS)}), got {self.arch!r}"
+            )
+        if self.augment_second is not None and row.views == 1:
+            raise ValueError(f"method {self.method!r} has one view of an image, got augment_second")
+        if self.optimizer == "adamw" and self.sgd_momentum != type(self).sgd_momentum:
+            raise ValueError(f"optimizer 'adamw' does not use sgd_momentum, got {self.sgd_momentum!r}")
         keys = row.keys_per_image(self)
         if keys and self.batch_size * keys > self.queue_size:  # type: ignore[operator]
             raise ValueError(
@@ -206,7 +218,10 @@ class PretrainConfig:
             )
 
     def with_method(self, method: str) -> PretrainConfig:
-        """This recipe with another method, and the values that suit that one.
+        """This recipe with another method.
+
+        Options that both methods use keep their values where these are not the old method's own; what neither
+        the recipe nor the user has chosen becomes what suits the new method.
 
         Raises:
             ValueError: no such method.
@@ -214,7 +229,15 @@ class PretrainConfig:
         checks.one_of("method", method, tuple(METHODS))
         if method == self.method:
             return self
-        changes: dict[str, Any] = dict.fromkeys(OPTIONS) | METHODS[method].recipe
+        old, new = METHODS[self.method], METHODS[method]
+        changes: dict[str, Any] = dict.fromkeys(OPTIONS)
+        for name in old.options.keys() & new.options.keys():
+            if getattr(self, name) != old.options[name]:
+                changes[name] = getattr(self, name)
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in old.recipe.keys() | new.recipe.keys():
+            if getattr(self, name) in (usual[name], old.recipe.get(name)):
+                changes[name] = new.recipe.get(name, usual[name])
         return dataclasses.replace(self, method=method, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -106,11 +105,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         saved = checkpoints.read(out)
         if missing := {"shuffle", "random", "queues"} - saved["moco_fast"].keys():
             raise checkpoints.CheckpointError(f"{out} is of another version: it lacks {sorted(missing)}")
-        trained = saved["moco_fast"]["config"].get("method")
-        if resume is True and trained != config.method:
-            raise checkpoints.CheckpointError(
-                f"method must be that of the checkpoint in {out}, {trained!r}, got {config.method!r}"
-            )
+        if resume is True:
+            check_same_method(saved["moco_fast"]["config"].get("method"), config.method, out)
         if resume == "auto":  # with what the run made of its arguments
             config = PretrainConfig.from_dict(saved["moco_fast"]["config"])
     if config.threads:
@@ -171,8 +167,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
             model.shuffle.set_state(extras["shuffle"])
         checkpoints.set_random_state(extras["random"][rank() % len(extras["random"])])
         if extras["queues"] and config.queue_sync == "local":
-            queue, ptr = extras["queues"][rank() % len(extras["queues"])]
-            model.load_state_dict(model.state_dict() | {"queue": queue, "queue_ptr": ptr})
+            model.load_state_dict(model.state_dict() | extras["queues"][rank() % len(extras["queues"])])
         step, accuracy = extras["step"], dict(extras["accuracy"])
         if isinstance(model, MoCo):
             model.verify_queue()
@@ -188,7 +183,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     total = config.epochs * steps_per_epoch
     if step < total:
         accuracy.pop("trained", None)  # of fewer epochs, where a finished run is prolonged
-    chance = math.log(row.chance(config)) if row.chance else None
+    chance = row.chance(config) if row.chance else None
     knn_every = config.knn_every or max(1, total // KNN_MEASUREMENTS)
     description = json.dumps(config.to_dict() | {"dataset": dataset.note}, indent=2) + "\n"
     on_rank_0(lambda: (out / "config.json").write_text(description))
@@ -208,7 +203,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         if isinstance(model, MoCo):
             shuffle = model.shuffle.state()
             if config.queue_sync == "local":
-                queues = from_all((model.queue.cpu(), model.queue_ptr.cpu()))
+                state = model.state_dict()
+                queues = from_all({name: state[name].cpu() for name in state if name.startswith("queue")})
         # "epoch" counts finished epochs, as in official files.
         state = {
             "epoch": step // steps_per_epoch,
@@ -232,7 +228,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
     recorder = Recorder(out if rank() == 0 else None, step)
-    alarm = CollapseAlarm(grace=min(total // 10, steps_per_epoch))
+    alarm = CollapseAlarm(grace=min(total // 10, steps_per_epoch), by_rank=not row.needs_labels)
     keys_per_image = row.keys_per_image(config)
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
@@ -314,7 +310,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         on_rank_0(lambda: probe.gallery(model, out / "neighbours.png"))
     if step > 0:
         on_rank_0(lambda: plot_curves(out / METRICS_FILE, out / "curves.png"))
-    return Outcome(out, step, ended_by, alarm.since is not None, accuracy)
+    return Outcome(out, step, ended_by, alarm.told, accuracy)
 
 
 def _forward_backward(
@@ -334,6 +330,14 @@ def _forward_backward(
             (loss / len(parts)).backward()
         found.append({"loss": loss.detach()} | stats)
     return {name: torch.stack([part[name] for part in found]).mean(0) for name in found[0]}
+
+
+def check_same_method(trained: str | None, method: str, where: object) -> None:
+    """Raise CheckpointError if a run shall go on with another method."""
+    if trained != method:
+        raise checkpoints.CheckpointError(
+            f"method must be that of the checkpoint in {where}, {trained!r}, got {method!r}"
+        )
 
 
 def refuse_to_overwrite(out: Path) -> None:

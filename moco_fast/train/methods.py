@@ -5,6 +5,7 @@ To add one, write its model in ``moco_fast/models/`` and a row here (docs/adding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,11 +63,13 @@ class Row:
     recipe: dict[str, Any] = field(default_factory=dict)
     """What of the default recipe, for small grey images, suits it better than MoCo's."""
     chance: Callable[[Config], float] | None = None
-    """Number of classes that the loss chooses among; the loss of guessing is its logarithm."""
+    """Loss of guessing."""
     keys_per_image: Callable[[Config], int] = lambda config: 0
     """Keys that an image adds to the queue."""
-    in_batch: bool = False
-    """Whether negatives come from the batch, so that a batch in parts would be another method."""
+    undivided: str = ""
+    """Why a batch must not be computed in parts, if so: what the method does that parts would change."""
+    views: int = 2
+    """Of every image."""
     needs_labels: bool = False
 
 
@@ -98,6 +101,8 @@ def _sup_moco_step(model: nn.Module, views: Views, config: Config, progress: flo
 
 def _moco_v3(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
     kind = MoCo_ViT if config.arch in VITS else MoCo_ResNet
+    if config.arch.startswith(("resnet", "resnext", "wide_resnet")):  # torchvision's, as in the paper
+        encoder = partial(encoder, zero_init_residual=True)
     return kind(encoder, config.dim, config.mlp_dim, config.temperature)
 
 
@@ -116,7 +121,7 @@ def _end_to_end(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
 
 def _memory_bank(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
     return MemoryBank(
-        encoder, facts.images, config.dim, config.queue_size, config.temperature, config.momentum,
+        encoder, facts.images, config.dim, config.queue_size, config.temperature, config.bank_momentum,
         loss="nce" if config.nce else "info_nce",
     )  # fmt: skip
 
@@ -146,12 +151,13 @@ def _dino_step(model: nn.Module, views: Views, config: Config, progress: float) 
     return model(views.first, views.second, m, return_stats=True)
 
 
-def _positive_and_queue(config: Config) -> int:
-    return config.queue_size + 1
+def _guess_among_queue(config: Config) -> float:
+    return math.log(config.queue_size + 1) * (2 if config.symmetric else 1)
 
 
-def _others_of_the_batch(config: Config) -> int:
-    return config.batch_size
+def _guess_in_bank(config: Config) -> float:
+    drawn = config.queue_size
+    return math.log(drawn + 1) + (drawn * math.log1p(1 / drawn) if config.nce else 0.0)
 
 
 _QUEUE: dict[str, Any] = {
@@ -165,7 +171,7 @@ METHODS: dict[str, Row] = {
         _moco,
         _moco_step,
         _QUEUE | {"temperature": 0.07, "symmetric": False},
-        chance=_positive_and_queue,
+        chance=_guess_among_queue,
         keys_per_image=lambda config: 2 if config.symmetric else 1,
     ),
     "moco-v2": Row(
@@ -173,7 +179,7 @@ METHODS: dict[str, Row] = {
         partial(_moco, mlp=True),
         _moco_step,
         _QUEUE | {"symmetric": False},
-        chance=_positive_and_queue,
+        chance=_guess_among_queue,
         keys_per_image=lambda config: 2 if config.symmetric else 1,
     ),
     "moco-v3": Row(
@@ -181,14 +187,15 @@ METHODS: dict[str, Row] = {
         _moco_v3,
         _moco_v3_step,
         {"momentum": 0.99, "temperature": 0.2, "mlp_dim": 512, "freeze_patch": False},
-        in_batch=True,
+        chance=lambda config: 4 * config.temperature * math.log(config.batch_size),
+        undivided="takes its negatives from the batch",
     ),
     "sup-moco": Row(
         "MoCo v2 whose positives are all keys of the same class; Khosla et al. 2020",
         _sup_moco,
         _sup_moco_step,
         _QUEUE,
-        chance=_positive_and_queue,
+        chance=_guess_among_queue,
         keys_per_image=lambda config: 1,
         needs_labels=True,
     ),
@@ -197,23 +204,24 @@ METHODS: dict[str, Row] = {
         _end_to_end,
         _two_views,
         {"temperature": 0.07},
-        chance=_others_of_the_batch,
-        in_batch=True,
+        chance=lambda config: math.log(config.batch_size),
+        undivided="takes its negatives from the batch",
     ),
     "memory-bank": Row(
         "a row for every image, its average over the epochs; Wu et al. 2018",
         _memory_bank,
         _memory_bank_step,
-        {"queue_size": 4096, "momentum": 0.5, "temperature": 0.07, "nce": False},
-        chance=_positive_and_queue,
+        {"queue_size": 4096, "bank_momentum": 0.5, "temperature": 0.07, "nce": False},
+        chance=_guess_in_bank,
+        views=1,
     ),
     "simclr": Row(
         "every view against all others of the batch; Chen et al. 2020",
         _simclr,
         _two_views,
         {"temperature": 0.2},
-        chance=lambda config: 2 * config.batch_size - 1,
-        in_batch=True,
+        chance=lambda config: math.log(2 * config.batch_size - 1),
+        undivided="takes its negatives from the batch",
     ),
     "simsiam": Row(
         "no negatives: a predictor and a stop-gradient; Chen and He 2021",
@@ -230,6 +238,7 @@ METHODS: dict[str, Row] = {
             "momentum": 0.99, "temperature": 0.1, "teacher_temperature": 0.04, "mlp_dim": 512,
             "prototypes": 4096,
         },
-        chance=lambda config: config.prototypes,
+        chance=lambda config: math.log(config.prototypes),
+        undivided="moves its teacher and its center with every call",
     ),
 }  # fmt: skip

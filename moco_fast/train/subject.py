@@ -37,6 +37,9 @@ class Subject:
     dataset: Dataset
     view: View
 
+    def __str__(self) -> str:
+        return f"{self.dataset.name}, {self.pretrained.arch}, {self.pretrained.method}"
+
     def folder(self, what: str) -> Path:
         """Where results go unless told otherwise: WHAT-DATA beside the checkpoint."""
         beside = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
@@ -53,12 +56,7 @@ class Subject:
         assert test is not None and test.labels is not None
         names = self.dataset.class_names
         counts = confusion(predicted.cpu(), test.labels, len(names))
-        plot_confusion(
-            counts,
-            names,
-            out_png,
-            f"{self.dataset.name}: {by}, {self.pretrained.arch}, {self.pretrained.method}",
-        )
+        plot_confusion(counts, names, out_png, f"{self}: {by}")
 
     def rows(self, baselines: bool = True) -> list[tuple[str, nn.Module, View]]:
         """What to measure, by name: raw pixels, the backbone as it was initialised, and as it was trained."""

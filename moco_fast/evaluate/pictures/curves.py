@@ -114,7 +114,7 @@ def _legend(axes: Any) -> None:
 def _draw_loss(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     title(axes, "Contrastive loss")
     _line(axes, _curve(records, "loss"), BLUE)
-    _level(axes, _last(records, "chance_loss"), GREY, "chance: log(K + 1)")
+    _level(axes, _last(records, "chance_loss"), GREY, "chance")
 
 
 def _draw_similarity(axes: Any, records: Sequence[dict[str, Any]]) -> None:
