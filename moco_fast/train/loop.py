@@ -22,7 +22,7 @@ from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
 from moco_fast.models.moco import MoCo
-from moco_fast.norm import average_statistics_
+from moco_fast.norm import average_statistics_, sees_neighbours
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import (
     build_model,
@@ -143,6 +143,11 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     watch = EmbeddingWatch(model.encoder)
     if config.sync_bn and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world_size() > 1 and row.undivided and sees_neighbours(model.encoder):
+        console.print(
+            f"Batch norm takes statistics per process, and {config.method} shuffles no images: views that share "
+            "them can be told by them. --sync-bn True takes statistics over all processes.", soft_wrap=True,
+        )  # fmt: skip
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
     optimizer = build_optimizer(model, config)
 
