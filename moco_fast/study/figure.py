@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def plot_study(study: Study, rows: Sequence[Row], folder: Path, out_png: Path) -
         _side_by_side(axes[0], lines, rows)
         if curves:
             _losses(axes[1], lines, rows, folder)
-    figure.suptitle(study.question, x=0.01, ha="left", fontsize=11.5, color=INK, weight="bold")
+    heading = textwrap.fill(study.question, round(9 * figure.get_figwidth()))
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=11.5, color=INK, weight="bold")
     save(figure, out_png)
 
 
@@ -88,9 +90,9 @@ def _over_axis(axes: Any, study: Study, lines: Sequence[Summary], rows: Sequence
         )  # fmt: skip
     if logarithmic:
         axes.set_xscale("log")
-    axes.set_xticks(
-        [at[x] for x in places], [f"{x:g}" for x in places], rotation=30 if len(places) > 7 else 0
-    )
+    # 127 and 128 have one place on a logarithmic axis, and one number.
+    shown = [x for i, x in enumerate(places) if not logarithmic or x == places[-1] or places[i + 1] / x > 1.1]
+    axes.set_xticks([at[x] for x in shown], [f"{x:g}" for x in shown])
     axes.minorticks_off()
     axes.set_xlabel(study.axis, fontsize=9, color=INK)
     if len({line.series for line in lines}) > 1:

@@ -146,8 +146,9 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     elif world_size() > 1 and row.undivided and sees_neighbours(model.encoder):
         console.print(
             f"Batch norm takes statistics per process, and {config.method} shuffles no images: views that "
-            "share them can be told by them. --sync-bn True takes statistics over all processes.", soft_wrap=True,
-        )  # fmt: skip
+            "share them can be told by them. --sync-bn True takes statistics over all processes.",
+            soft_wrap=True,
+        )
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
     optimizer = build_optimizer(model, config)
 
