@@ -102,8 +102,8 @@ def measured(rank, path, out):
 
 def test_two_processes_measure_what_one_does(untrained, tmp_path):
     torch.set_num_threads(1)
-    status, shown = measured(0, untrained, str(tmp_path / "one"))
+    status, shown = measured(0, untrained, str(tmp_path / "by-1"))
     assert status == 0
-    results = ranks.run(2, measured, untrained, str(tmp_path / "two"), folder=tmp_path)
-    assert results == [(0, shown), (0, "")]
-    assert (tmp_path / "one" / "results.json").read_text() == (tmp_path / "two" / "results.json").read_text()
+    results = ranks.run(2, measured, untrained, str(tmp_path / "by-2"), folder=tmp_path)
+    assert results == [(0, shown.replace("by-1", "by-2")), (0, "")]
+    assert (tmp_path / "by-1" / "results.json").read_text() == (tmp_path / "by-2" / "results.json").read_text()
