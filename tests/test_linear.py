@@ -286,7 +286,7 @@ def test_command(untrained, capsys):
     shown = dict(re.findall(r"│ (raw pixels|random init|trained) +│ +([\d.]+)%", out))
     assert shown["random init"] == shown["trained"]
     folder = untrained / "linear-digits"
-    assert sorted(path.name for path in folder.iterdir()) == ["linear.pth", "results.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["confusion.png", "linear.pth", "results.json"]
     results = json.loads((folder / "results.json").read_text())
     assert [head["lr"] for head in results["features"]["trained"]["heads"]] == [0.1, 1.0]
     for name, row in results["features"].items():
