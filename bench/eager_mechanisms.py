@@ -51,7 +51,7 @@ class EagerSimSiam(nn.Module):
         )  # fmt: skip
         self.predictor = nn.Sequential(
             nn.Linear(dim, pred_dim, bias=False), nn.BatchNorm1d(pred_dim), nn.ReLU(),
-            nn.Linear(pred_dim, dim, bias=False),
+            nn.Linear(pred_dim, dim),
         )  # fmt: skip
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:

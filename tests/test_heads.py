@@ -19,6 +19,11 @@ def test_layers_of_an_mlp(last_norm):
     assert [layer.affine for layer in norms] == [True, True, False][: len(norms)]
 
 
+def test_only_the_last_layer_may_have_a_bias():
+    linears = [x for x in heads.mlp([6, 5, 4], last_norm=False, last_bias=True) if isinstance(x, nn.Linear)]
+    assert [layer.bias is None for layer in linears] == [True, False]
+
+
 def test_replacing_a_nested_head():
     encoder = nn.Module()
     encoder.classifier = nn.Sequential(nn.Flatten(), nn.Linear(6, 2))

@@ -51,14 +51,17 @@ def mlp(
     dims: Sequence[int],  # features of the input, of every hidden layer, of the output
     *,
     last_norm: bool,
+    last_bias: bool = False,
 ) -> nn.Sequential:
     """Linear layers with batch norm and ReLU between them: the projectors and predictors of MoCo v3.
 
-    ``Linear, BN, ReLU, ..., Linear[, BN]``. No linear layer has a bias, which a batch norm would take away.
+    ``Linear, BN, ReLU, ..., Linear[, BN]``. A linear layer before a batch norm, which would take a bias away,
+    has none.
 
     Args:
         dims: at least two.
         last_norm: a batch norm without weight and bias after the last layer.
+        last_bias: a bias of the last layer.
 
     Raises:
         TypeError, ValueError: fewer than two dims, or one that is not a positive integer.
@@ -72,7 +75,7 @@ def mlp(
     layers: list[nn.Module] = []
     for width, out in pairwise(dims[:-1]):
         layers += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
-    layers.append(nn.Linear(dims[-2], dims[-1], bias=False))
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=last_bias))
     if last_norm:
         layers.append(nn.BatchNorm1d(dims[-1], affine=False))
     return nn.Sequential(*layers)

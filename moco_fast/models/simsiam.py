@@ -23,7 +23,7 @@ class SimSiam(Method):
 
     ``loss = -(cos(h(z_1), z_2) + cos(h(z_2), z_1)) / 2`` with z held constant (section 3). The projector has
     three layers of ``dim``, each with a batch norm, the last of which has no weights, and ReLU between them;
-    the predictor h two, with ``pred_dim`` features in between. No linear layer has a bias.
+    the predictor h two, with ``pred_dim`` features in between, of which only the last has a bias.
 
     Args:
         base_encoder: called as ``base_encoder(num_classes=dim)``.
@@ -56,7 +56,7 @@ class SimSiam(Method):
         width: Any = encoder.get_submodule(self.head).in_features
         heads.replace(encoder, self.head, heads.mlp([width, dim, dim, dim], last_norm=True))
         self.encoder = encoder
-        self.predictor = heads.mlp([dim, pred_dim, dim], last_norm=False)
+        self.predictor = heads.mlp([dim, pred_dim, dim], last_norm=False, last_bias=True)
 
     def forward(
         self,
