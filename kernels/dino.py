@@ -41,11 +41,11 @@ from moco_fast.kernels.common import (
     finishing_blocks,
     has_tma,
     multiprocessors,
-    operand_dtype,
     padded_features,
     row_blocks,
     shares_of,
 )
+from moco_fast.kernels.operands import Operand, operand
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (what a program holds, padded C); "split"
 # is precision "highest". tests/test_aot.py: no wgmma waits for another, and only the widest prototypes spill,
@@ -99,13 +99,6 @@ OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
 Tiles = tuple[int, int, int, int, int]
 
 
-class Operand(NamedTuple):
-    """Rows as the matrix products read them."""
-
-    high: Tensor  # (R, width) fp16 or bf16
-    low: Tensor  # what rounding took from ``high``, for precision "highest"; else ``high``
-
-
 class Partial(NamedTuple):
     """What the programs of a sweep left behind, one part per share of the prototypes."""
 
@@ -117,30 +110,6 @@ class Partial(NamedTuple):
 def tiles_for(kind: str, block_c: int, tma: bool) -> Tiles:
     """The entry of the tables for rows padded to block_c features."""
     return TILES[kind, block_c] if tma else (TILES | OLDER_TILES)[kind, block_c]
-
-
-def operand(
-    x: Tensor,  # (R, C) raw
-    precision: str,
-    *,
-    unit: bool,  # normalise
-) -> Operand:
-    """Round rows to what the matrix products read, unless that is what they are."""
-    x = x.contiguous()
-    rows, features = x.shape
-    dtype, split, width = operand_dtype(precision), precision == "highest", -(-features // 8) * 8
-    # TMA: rows of 16 bytes, from a multiple of 16
-    if not unit and not split and x.dtype == dtype and width == features and x.data_ptr() % 16 == 0:
-        return Operand(x, x)
-    high = torch.empty((rows, width), dtype=dtype, device=x.device)
-    low = torch.empty_like(high) if split else high
-    block_c = padded_features(features)
-    block_r = max(1, 4096 // block_c)
-    dino_kernels.prepare[(triton.cdiv(rows, block_r),)](
-        x, high, low, rows, features,
-        WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, SPLIT=split, UNIT=unit, enable_fp_fusion=True,
-    )  # fmt: skip
-    return Operand(high, low)
 
 
 def sweep(
@@ -229,8 +198,8 @@ def dino(
         )  # fmt: skip
     student, center = student.contiguous(), center.contiguous()
     n, features = student.shape
-    s, t = (operand(x, precision, unit=True) for x in (student, teacher))
-    w, v = (operand(x, precision, unit=False) for x in (prototypes, teacher_prototypes))
+    s, t = (operand(x[None], precision, unit=True) for x in (student, teacher))
+    w, v = (operand(x[None], precision, unit=False) for x in (prototypes, teacher_prototypes))
     wanted = sweep(t, v, features, teacher_temperature, w, center=center)
     found = sweep(s, w, features, student_temperature, w, mean=need_ds)
 
@@ -283,8 +252,10 @@ def tune_case(
     """What bench/tune.py times: both sweeps, or the gradient to the prototypes, of a step with 512 rows."""
     kind, features = key
     precision = "highest" if "split" in kind else "high"
-    s, t = (operand(torch.randn(rows, features, device=device), precision, unit=True) for _ in range(2))
-    w, v = (operand(torch.randn(prototypes, features, device=device), precision, unit=True) for _ in range(2))
+    s, t, w, v = (
+        operand(torch.randn(1, count, features, device=device), precision, unit=True)
+        for count in (rows, rows, prototypes, prototypes)
+    )
     center = torch.zeros(prototypes, device=device)
     tops = torch.full((2, rows), LOG2E / 0.04, device=device)
 

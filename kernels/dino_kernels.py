@@ -12,27 +12,9 @@ from moco_fast.kernels.common import (
     load_rows,
     product,
     row_norms,
-    store_operand,
     through_norm,
     unit_rows,
 )
-
-
-@triton.jit
-def prepare(
-    x,  # (R, C) raw
-    high, low,  # (R, WIDTH) operands; low only if SPLIT
-    R, C,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    SPLIT: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Rows as the matrix products read them, normalised if UNIT."""
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
-    col = tl.arange(0, BLOCK_C)[None, :]
-    value = tl.load(x + (row * C + col), mask=(row < R) & (col < C), other=0).to(tl.float32)
-    if UNIT:
-        value = unit_rows(value, row_norms(value))
-    store_operand(high, low, row * WIDTH + col, value, (row < R) & (col < WIDTH), SPLIT)
 
 
 @triton.jit

@@ -41,18 +41,18 @@ import torch
 import triton
 from torch import Tensor
 
-from moco_fast.kernels import pairs_kernels
+from moco_fast.kernels import operands, pairs_kernels
 from moco_fast.kernels.common import (
     FIXED_SHIFT_FROM,
     LOG2E,
     finishing_blocks,
     has_tma,
     multiprocessors,
-    operand_dtype,
     padded_features,
     row_blocks,
     shares_of,
 )
+from moco_fast.kernels.operands import Operand
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (pass, padded C); "split" is precision
 # "highest". Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another
@@ -106,14 +106,6 @@ OFFSET = {torch.float16: (15.0, 14.0), torch.bfloat16: (0.0, 0.0)}
 Tiles = tuple[int, int, int, int, int]
 
 
-class Operand(NamedTuple):
-    """Normalised rows as the matrix products read them, D problems one after the other."""
-
-    high: Tensor  # (D * padded, width) fp16 or bf16, zero outside the problems
-    low: Tensor  # what rounding took from ``high``, for precision "highest"; else ``high``
-    padded: int  # rows a problem takes up
-
-
 class Partial(NamedTuple):
     """What the programs of a pass left behind, one part per share of the columns."""
 
@@ -141,20 +133,8 @@ def operand(
     x: Tensor,  # (D, R, C) raw, contiguous
     precision: str,
 ) -> Operand:
-    """Normalise rows into what the matrix products read."""
-    problems, rows, features = x.shape
-    padded, width = -(-rows // PADDING) * PADDING, -(-features // 8) * 8  # TMA: rows of 16 bytes
-    dtype = operand_dtype(precision)
-    high = torch.empty((problems * padded, width), dtype=dtype, device=x.device)
-    low = torch.empty_like(high) if precision == "highest" else high
-    block_c = padded_features(features)
-    block_r = max(1, 4096 // block_c)
-    pairs_kernels.normalise[(triton.cdiv(padded, block_r), problems)](
-        x, high, low, rows, features, padded,
-        WIDTH=width, BLOCK_R=block_r, BLOCK_C=block_c, SPLIT=precision == "highest",
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    return Operand(high, low, padded)
+    """Normalised rows, of each problem padded for blocks of any height."""
+    return operands.operand(x, precision, unit=True, padding=PADDING)
 
 
 def sweep(
@@ -200,8 +180,8 @@ def sweep(
         *row_blocks((x.high, x.low, y.high, y.low), (block_m, block_m, block_n, block_n), block_c, tma),
         totals if x_log2_sum is None else x_log2_sum, totals if y_log2_sum is None else y_log2_sum,
         sums, totals[0], totals[1],
-        rows, columns, features, x.padded, y.padded, first, tiles_per_share, scale,
-        scale - offset if in_operands else 0.0,
+        rows, columns, features, len(x.high) // problems, len(y.high) // problems, first, tiles_per_share,
+        scale, scale - offset if in_operands else 0.0,
         WIDTH=width, TMA=tma, OFFSET=offset, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         SECOND=second, PAIRED=paired, BOUNDED=bounded, SPLIT=split, GRADIENT=gradient,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
@@ -287,7 +267,8 @@ def tune_case(
 ) -> Callable[[Tiles], Callable[[], Partial]]:
     """What bench/tune.py times: the pass as nt_xent makes it over two views of 4096 images."""
     kind, features = key
-    x = operand(torch.randn(1, rows, features, device=device), "highest" if "split" in kind else "high")
+    precision = "highest" if "split" in kind else "high"
+    x = operand(torch.randn(1, rows, features, device=device), precision)
     log2_sum = torch.full((1, rows), 20.0, device=device) if "gradient" in kind else None
 
     def make(tiles: Tiles) -> Callable[[], Partial]:

@@ -12,27 +12,9 @@ from moco_fast.kernels.common import (
     load_rows,
     product,
     row_norms,
-    store_operand,
     through_norm,
     unit_rows,
 )
-
-
-@triton.jit
-def normalise(
-    x,  # (D, R, C) raw
-    high, low,  # (D, PADDED, WIDTH) operands; low only if SPLIT
-    R, C, PADDED,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    problem = tl.program_id(1).to(tl.int64)
-    col = tl.arange(0, BLOCK_C)[None, :]
-    at = (problem * R + row) * C + col
-    value = tl.load(x + at, mask=(row < R) & (col < C), other=0).to(tl.float32)
-    to = (problem * PADDED + row) * WIDTH + col
-    inside = (row < PADDED) & (col < WIDTH)
-    store_operand(high, low, to, unit_rows(value, row_norms(value)), inside, SPLIT)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moco_fast import backends, checks, ops, reference
 from moco_fast.distributed import local_shards
+from moco_fast.ops import arguments
 
 
 class _EMAOptimizer(torch.optim.Optimizer):
@@ -48,7 +49,7 @@ class _EMAOptimizer(torch.optim.Optimizer):
         if not isinstance(m, Tensor):
             checks.momentum(m)
         try:
-            checks.ema_update(
+            arguments.ema_update(
                 local_shards(key for key, _ in pairs), local_shards(query for _, query in pairs)
             )
         except (TypeError, ValueError) as error:

@@ -68,7 +68,8 @@ class Knn:
         console = Console()
         console.print(note)
         for k, rows in accuracy.items():
-            console.print(knn_table(rows, k, weighted=self.temperature is not None))
+            first, five = ({name: values[i] for name, values in rows.items()} for i in (0, 1))
+            console.print(knn_table(first, k, weighted=self.temperature is not None, of_five=five))
         folder = self.out or subject.folder("knn")
         write_text(folder / RESULTS_FILE, json.dumps({"knn": accuracy, "note": note}, indent=2) + "\n")
         subject.plot_confusion(classes, folder / PICTURE_FILE, f"{self.k[0]} nearest neighbours")

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from moco_fast.commands.arguments import value_of
-from moco_fast.commands.tables import accuracy_table
+from moco_fast.commands.tables import knn_table
 from moco_fast.data.datasets import absolute
 from moco_fast.distributed import from_rank_0, rank
 from moco_fast.train import checkpoint as checkpoints
@@ -69,7 +69,7 @@ class Pretrain:
         if not speaks:
             return 0
         if outcome.accuracy:
-            console.print(accuracy_table(outcome.accuracy, config.knn_k))
+            console.print(knn_table(outcome.accuracy, config.knn_k))
         console.print(f"Checkpoint and pictures (curves.png, neighbours.png) are in {outcome.folder}")
         return 0
 

@@ -7,19 +7,17 @@ from rich.table import Table
 from moco_fast.evaluate.linear import LinearResult
 
 
-def accuracy_table(accuracy: dict[str, float], k: int) -> Table:
-    table = Table("features", "kNN accuracy", "over random init", title=f"{k} nearest neighbours, weighted")
-    for name, value in accuracy.items():
-        table.add_row(name, f"{value:.2%}", f"{100 * (value - accuracy['random init']):+.2f}")
-    return table
-
-
-def knn_table(accuracy: dict[str, tuple[float, float]], k: int, weighted: bool) -> Table:
+def knn_table(
+    accuracy: dict[str, float], k: int, weighted: bool = True, of_five: dict[str, float] | None = None
+) -> Table:
+    """Accuracies by name, and if given those of five guesses."""
     title = f"{k} nearest neighbour{'s' if k > 1 else ''}" + (", weighted" if weighted else "")
-    table = Table("features", "kNN accuracy", "over random init", "one of 5 right", title=title)
-    for name, (first, five) in accuracy.items():
-        over = 100 * (first - accuracy["random init"][0])
-        table.add_row(name, f"{first:.2%}", f"{over:+.2f}", f"{five:.2%}")
+    table = Table("features", "kNN accuracy", "over random init", title=title)
+    if of_five:
+        table.add_column("one of 5 right")
+    for name, value in accuracy.items():
+        cells = [f"{value:.2%}", f"{100 * (value - accuracy['random init']):+.2f}"]
+        table.add_row(name, *cells, *([f"{of_five[name]:.2%}"] if of_five else ()))
     return table
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moco_fast import backends, checks, reference
+from moco_fast import backends, reference
+from moco_fast.ops import arguments
 
 
 def split_batch_norm(
@@ -42,7 +43,7 @@ def split_batch_norm(
     Example:
         >>> y, mean, var = moco_fast.split_batch_norm(x, bn.weight, bn.bias, splits=8)
     """
-    y, mean, var = _split_batch_norm(*checks.split_batch_norm(x, weight, bias, splits, eps))
+    y, mean, var = _split_batch_norm(*arguments.split_batch_norm(x, weight, bias, splits, eps))
     return y, mean.detach(), var.detach()
 
 

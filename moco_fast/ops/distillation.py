@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks, reference
+from moco_fast.ops import arguments
 from moco_fast.ops.losses import scaled_gradient
 
 
@@ -61,7 +62,7 @@ def dino(
     Example:
         >>> loss = moco_fast.dino(head(student(x1)), teacher_head(teacher(x2)), w, teacher_w, center)
     """
-    tensors = checks.dino(student, teacher, prototypes, teacher_prototypes, center)
+    tensors = arguments.dino(student, teacher, prototypes, teacher_prototypes, center)
     temperatures = (
         checks.temperature(student_temperature, "student_temperature"),
         checks.temperature(teacher_temperature, "teacher_temperature"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks
+from moco_fast.ops import arguments
 
 
 @torch.no_grad()
@@ -41,10 +42,10 @@ def ema_update_(
         >>> moco_fast.ema_update_(list(encoder_k.parameters()), list(encoder_q.parameters()), 0.999)
     """
     targets, sources = list(targets), list(sources)
-    checks.ema_update(targets, sources)
+    arguments.ema_update(targets, sources)
     averages = [] if masters is None else list(masters)
     if masters is not None:
-        checks.ema_masters(targets, averages)
+        arguments.ema_masters(targets, averages)
     if not isinstance(m, Tensor):
         m = torch.tensor(checks.momentum(m), dtype=torch.float64, device="cpu")
     if targets:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks, reference
+from moco_fast.ops import arguments
 
 
 class InfoNCEStats(NamedTuple):
@@ -58,7 +59,7 @@ def info_nce(
     Example:
         >>> loss = moco_fast.info_nce(q, k, queue, temperature=0.2)
     """
-    q, k, queue = checks.info_nce(q, k, queue)
+    q, k, queue = arguments.info_nce(q, k, queue)
     temperature = checks.temperature(temperature)
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
@@ -106,7 +107,7 @@ def nt_xent(
     Example:
         >>> loss = moco_fast.nt_xent(model(view1), model(view2), temperature=0.1)
     """
-    z1, z2 = checks.nt_xent(z1, z2)
+    z1, z2 = arguments.nt_xent(z1, z2)
     temperature = checks.temperature(temperature)
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
@@ -160,7 +161,7 @@ def contrast(
     Example:
         >>> loss = 4 * T * moco_fast.contrast(torch.stack([q1, q2]), torch.stack([k2, k1]), T)  # MoCo v3
     """
-    q, k, labels = checks.contrast(q, k, labels)
+    q, k, labels = arguments.contrast(q, k, labels)
     temperature = checks.temperature(temperature)
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moco_fast import checks
+from moco_fast.ops import arguments
 from moco_fast.ops.losses import info_nce
 
 
@@ -53,7 +54,7 @@ def multi_info_nce(
     Example:
         >>> loss = moco_fast.multi_info_nce(q, k, queue, labels=y, queue_labels=queue_y, classes=1000)
     """
-    several = checks.multi_info_nce(q, k, queue, labels, queue_labels, classes)
+    several = arguments.multi_info_nce(q, k, queue, labels, queue_labels, classes)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     first = k[:, 0] if several else k
     if labels is None and (not several or k.shape[1] == 1):

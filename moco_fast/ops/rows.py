@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks, reference
+from moco_fast.ops import arguments
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def enqueue_(
             another shape, queue or mirror requires grad,
             a ptr on the CPU outside [0, K), an order on the CPU with a number outside [0, N).
     """
-    _enqueue_(*checks.enqueue(queue, ptr, keys, mirror, order))
+    _enqueue_(*arguments.enqueue(queue, ptr, keys, mirror, order))
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def take_rows(
         TypeError: not tensors, or index is not int64 of one dimension.
         ValueError: no rows, devices differ, an index on the CPU outside [0, R).
     """
-    return _take_rows(*checks.take_rows(x, index))
+    return _take_rows(*arguments.take_rows(x, index))
 
 
 @torch.library.custom_op("moco_fast::enqueue_", mutates_args=("queue", "ptr", "mirror"))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco_fast import checks
+from moco_fast import __version__, checks
 
 FILE_NAME = "checkpoint.pth"
 PREFIX = "module."
@@ -88,6 +88,39 @@ def read(path: str | os.PathLike[str], keys: Sequence[str] = (*OFFICIAL_KEYS, "m
             f"{path} lacks {', '.join(missing)}; {expected}, it has {', '.join(map(str, loaded))[:200]}"
         )
     return loaded
+
+
+def run_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    arch: str,
+    step: int,
+    steps_per_epoch: int,
+    views: torch.Generator,
+    random: list[dict[str, Any]],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """What a run of training writes down at a step.
+
+    Args:
+        model: whose state is taken, with DDP's prefix.
+        optimizer: of the model.
+        arch: of the backbone.
+        step: done so far. "epoch" counts finished epochs, as in official files.
+        steps_per_epoch: of the run.
+        views: what views are drawn with.
+        random: :func:`random_state` of every process.
+        facts: what else ``moco_fast`` shall hold.
+    """
+    own = {"version": __version__, "step": step, "views": views.get_state(), "random": random}
+    return {
+        "epoch": step // steps_per_epoch,
+        "arch": arch,
+        "state_dict": model_state(model),
+        "optimizer": optimizer.state_dict(),
+        "moco_fast": own | facts,
+    }
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:

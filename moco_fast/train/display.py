@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from moco_fast.data.images import Dataset
+from moco_fast.distributed import world_size
 from moco_fast.extras import extra
 
 # What a record may hold: key, what it is called, format.
@@ -78,6 +83,17 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def opening(
+    dataset: Dataset, images: int, what: str, device: torch.device, steps: int, batch_size: int, out: Path
+) -> str:
+    """The line that a run begins with: what is trained on how many images, where, and for how long."""
+    where = f"{world_size()} processes, {device.type}" if world_size() > 1 else str(device)
+    return (
+        f"{dataset.name}: {images:,} images ({dataset.note}). {what} on {where}, {steps:,} steps of "
+        f"{batch_size}. Run folder: {out}"
+    )
 
 
 def _clock(seconds: float) -> str:

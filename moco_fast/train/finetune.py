@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_fast._version import __version__
 from moco_fast.data.augment import random_view
 from moco_fast.data.fraction import labelled_fraction
 from moco_fast.data.images import ImageSet
@@ -32,7 +31,7 @@ from moco_fast.norm import average_statistics_
 from moco_fast.optim import SGD, AdamW
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import choose_device, data_parallel
-from moco_fast.train.display import Display
+from moco_fast.train.display import Display, opening
 from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.interrupt import StopRequest
 from moco_fast.train.layers import parameter_groups
@@ -197,14 +196,13 @@ def _finetune(
     begin = saved["moco_fast"]["start"] if saved else str(checkpoint)
     description = config.to_dict() | {"start": begin, "dataset": dataset.note}
     on_rank_0(lambda: (out / "config.json").write_text(json.dumps(description, indent=2) + "\n"))
-    where = f"{world_size()} processes, {device.type}" if world_size() > 1 else str(device)
     if saved:
         method = saved["moco_fast"]["config"]["method"]
     else:
         method = "supervised" if config.from_scratch else f"{start.method}, fine-tuned"
+    what = f"{method} {start.arch}, {classes} classes"
     console.print(
-        f"{dataset.name}: {len(train):,} images of {classes} classes ({dataset.note}). {start.arch}, "
-        f"{method}, on {where}, {total - step:,} steps of {config.batch_size}. Run folder: {out}",
+        opening(dataset, len(train), what, device, total - step, config.batch_size, out),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -212,34 +210,28 @@ def _finetune(
         check_weights(model, step, out)
         average_statistics_(model)
         random = from_all(checkpoints.random_state())
-        state = {
-            "epoch": step // steps_per_epoch,
-            "arch": start.arch,
-            "state_dict": checkpoints.model_state(model),
-            "optimizer": optimizer.state_dict(),
-            "moco_fast": {
-                "version": __version__,
-                "step": step,
-                # as in a checkpoint of pretraining, whose reader serves for both
-                "config": {
-                    "method": method,
-                    "augment": {"image_size": start.image_size},
-                    "width": start.first_width,
-                    "dim": classes,
-                    "seed": config.seed,
-                    "canvas": start.canvas,
-                    "data": config.data or start.data,
-                },
-                "channels": start.channels,
-                "mean": list(start.mean),
-                "std": list(start.std),
-                "finetune": config.to_dict(),
-                "start": begin,
-                "class_names": list(dataset.class_names),
-                "views": randomness.get_state(),
-                "random": random,
+        facts = {
+            # as in a checkpoint of pretraining, whose reader serves for both
+            "config": {
+                "method": method,
+                "augment": {"image_size": start.image_size},
+                "width": start.first_width,
+                "dim": classes,
+                "seed": config.seed,
+                "canvas": start.canvas,
+                "data": config.data or start.data,
             },
+            "channels": start.channels,
+            "mean": list(start.mean),
+            "std": list(start.std),
+            "finetune": config.to_dict(),
+            "start": begin,
+            "class_names": list(dataset.class_names),
         }
+        state = checkpoints.run_state(
+            model, optimizer, arch=start.arch, step=step, steps_per_epoch=steps_per_epoch, views=randomness,
+            random=random, facts=facts,
+        )  # fmt: skip
         on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
     recorder = Recorder(out if rank() == 0 else None, step)

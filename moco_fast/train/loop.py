@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_fast._version import __version__
-from moco_fast.data.augment import TwoCrops
+from moco_fast.data.augment import TwoCrops, random_view
 from moco_fast.data.datasets import load_dataset
 from moco_fast.data.loader import BatchLoader
 from moco_fast.distributed import check_agreement, from_all, largest, rank, world_size
@@ -36,7 +35,7 @@ from moco_fast.train.build import (
 )
 from moco_fast.train.collapse import CollapseAlarm, EmbeddingWatch
 from moco_fast.train.config import PretrainConfig
-from moco_fast.train.display import Display
+from moco_fast.train.display import Display, opening
 from moco_fast.train.interrupt import StopRequest
 from moco_fast.train.meter import Meter, check_weights
 from moco_fast.train.methods import METHODS, Facts, Views
@@ -132,7 +131,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         dataset.train, config.batch_size // world_size(), config.seed, config.workers, rank=rank(),
         world_size=world_size(), pin_memory=device.type == "cuda", log=everywhere.print,
     )  # fmt: skip
-    views = TwoCrops(config.augment, mean, std, config.augment_second)
+    two_crops = TwoCrops(config.augment, mean, std, config.augment_second)
     randomness = torch.Generator(device).manual_seed(config.seed)
 
     # model
@@ -193,10 +192,9 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     knn_every = config.knn_every or max(1, total // KNN_MEASUREMENTS)
     description = json.dumps(config.to_dict() | {"dataset": dataset.note}, indent=2) + "\n"
     on_rank_0(lambda: (out / "config.json").write_text(description))
-    where = f"{world_size()} processes, {device.type}" if world_size() > 1 else str(device)
+    what = f"{config.method} with {config.arch}"
     console.print(
-        f"{dataset.name}: {len(dataset.train):,} images ({dataset.note}). {config.method} with "
-        f"{config.arch} on {where}, {total - step:,} steps of {config.batch_size}. Run folder: {out}",
+        opening(dataset, len(dataset.train), what, device, total - step, config.batch_size, out),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -211,26 +209,19 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
             if config.queue_sync == "local":
                 state = model.state_dict()
                 queues = from_all({name: state[name].cpu() for name in state if name.startswith("queue")})
-        # "epoch" counts finished epochs, as in official files.
-        state = {
-            "epoch": step // steps_per_epoch,
-            "arch": config.arch,
-            "state_dict": checkpoints.model_state(model),
-            "optimizer": optimizer.state_dict(),
-            "moco_fast": {
-                "version": __version__,
-                "step": step,
-                "config": config.to_dict(),
-                "channels": channels,
-                "mean": list(mean),
-                "std": list(std),
-                "accuracy": accuracy,
-                "views": randomness.get_state(),
-                "shuffle": shuffle,
-                "random": random,
-                "queues": queues,
-            },
+        facts = {
+            "config": config.to_dict(),
+            "channels": channels,
+            "mean": list(mean),
+            "std": list(std),
+            "accuracy": accuracy,
+            "shuffle": shuffle,
+            "queues": queues,
         }
+        state = checkpoints.run_state(
+            model, optimizer, arch=config.arch, step=step, steps_per_epoch=steps_per_epoch, views=randomness,
+            random=random, facts=facts,
+        )  # fmt: skip
         on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
     recorder = Recorder(out if rank() == 0 else None, step)
@@ -267,12 +258,18 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
                         group["lr"] = learning_rate(config, step, steps_per_epoch)
                     images = read.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
                     aspect = None if read.aspect is None else read.aspect.to(device)
-                    first, second = views(images, randomness, aspect, (rank(), world_size()))
+                    part = rank(), world_size()
+                    views: tuple[Tensor, ...]
+                    if row.views == 1:
+                        views = (random_view(images, config.augment, mean, std, randomness, aspect, part),)
+                    else:
+                        views = two_crops(images, randomness, aspect, part)
                     if config.bf16:  # as autocast would round them, but before they travel
-                        first, second = first.bfloat16(), second.bfloat16()
+                        views = tuple(view.bfloat16() for view in views)
                     optimizer.zero_grad()
                     batch = Views(
-                        first, second, read.indices.to(device, non_blocking=True),
+                        views[0], views[1] if len(views) > 1 else None,
+                        read.indices.to(device, non_blocking=True),
                         None if labels is None else labels[read.indices].to(device, non_blocking=True),
                     )  # fmt: skip
                     metrics = _forward_backward(replica, batch, config, step / total, device)

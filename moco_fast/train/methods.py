@@ -34,7 +34,7 @@ class Views(NamedTuple):
     """What a step starts from."""
 
     first: Tensor  # (N, C, S, S)
-    second: Tensor  # (N, C, S, S)
+    second: Tensor | None  # (N, C, S, S), unless the method takes one view
     indices: Tensor  # (N,) int64, rows of the training images
     labels: Tensor | None  # (N,) int64, where the method needs them
 
