@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import moco_fast.kernels
-from moco_fast import checks, native, reference
+from moco_fast import native, reference
 from moco_fast.kernels import backend as triton
+from moco_fast.ops import arguments
 
 ROOT = Path(moco_fast.__file__).parent
 
@@ -140,7 +141,7 @@ def test_an_op_has_one_name_everywhere(op):
     """The steps of docs/adding-an-op.md."""
     name, root = op.rstrip("_"), ROOT.parent
     assert op in moco_fast.__all__ and hasattr(torch.ops.moco_fast, op)
-    assert hasattr(reference, op) and hasattr(checks, name)
+    assert hasattr(reference, op) and hasattr(arguments, name)
     tests = {"dino": "dino_op"}.get(name, name)  # tests/test_dino.py is of the model
     paths = [f"tests/test_{tests}.py", f"bench/bench_{name}.py", f"kernels/{name}.py"]
     if op in native.OPS:
