@@ -1,6 +1,7 @@
 """Shared by all tests: the backends of this machine, and a last line that says what could not be tested."""
 
 import os
+import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,10 @@ from moco_fast import backends, native
 from moco_fast.kernels import backend as triton
 
 sys.path.append(str(Path(__file__).parent.parent))  # bench/ belongs to the checkout and is not installed
+
+# A shell has it ignored in what it starts in the background; tests send it to runs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # (backend, device). Those on a GPU are skipped, and counted, where there is none.
 PLACES = [("reference", "cpu"), ("native", "cpu"), *((name, "cuda") for name in backends.BACKENDS)]
