@@ -11,7 +11,71 @@ from moco_fast import backends, checks, ops
 _MIX = -0x61C8864680B583EB  # 2^64 over the golden ratio, odd: spreads small integers over 64 bits
 
 
-class KeyQueue(nn.Module):
+class Ring(nn.Module):
+    """Ring buffer of unit-norm keys, and the float16 mirror of it that some kernels read.
+
+    A subclass holds the buffers and says where they are: ``rows`` and ``pointer``.
+    """
+
+    _mirror: Tensor | None
+    _mirrored: int  # version of the rows that the mirror shows
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget_mirror()
+
+    @property
+    def rows(self) -> Tensor:
+        """The keys as rows, (K, dim), each contiguous."""
+        raise NotImplementedError
+
+    @property
+    def pointer(self) -> Tensor:
+        """The row to be overwritten next, (1,) int64."""
+        raise NotImplementedError
+
+    @property
+    def negatives(self) -> Tensor:
+        """The keys as rows, (K, dim), as :func:`moco_fast.info_nce` reads them fastest.
+
+        For Triton's kernels a float16 mirror of the buffer, which :meth:`enqueue_` keeps in step; it is
+        made anew after any other write that torch knows of (not one through ``.data``). Else :attr:`rows`.
+        """
+        rows = self.rows
+        if torch.compiler.is_compiling() or backends.choose("info_nce", (rows,)) is not backends.triton:
+            return rows
+        if self._mirror is None or self._mirrored != rows._version:
+            self._mirror, self._mirrored = rows.to(torch.float16), rows._version
+        return self._mirror
+
+    def enqueue_(
+        self,
+        keys: Tensor,  # (N, dim), raw, N <= K
+        order: Tensor | None = None,  # (N,) int64
+    ) -> None:
+        """Replace the oldest keys; see :func:`moco_fast.enqueue_`."""
+        rows = self.rows  # a view has the version of what it shows
+        in_step = self._mirror is not None and self._mirrored == rows._version
+        ops.enqueue_(rows, self.pointer, keys, self._mirror if in_step else None, order)
+        if in_step:
+            self._mirrored = rows._version
+
+    def _forget_mirror(self) -> None:
+        self._mirror, self._mirrored = None, -1
+
+    def _apply(self, *args, **kwargs):
+        self._forget_mirror()  # another device or dtype, and another count of versions
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget_mirror()  # assign=True puts other buffers here, with counts of their own
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_mirror": None, "_mirrored": -1}  # copies and pickles make their own
+
+
+class KeyQueue(Ring):
     """Ring buffer of K unit-norm keys, with the buffers of the official checkpoints.
 
     The buffer ``queue`` has shape (dim, K), as saved by existing code, over storage
@@ -34,8 +98,6 @@ class KeyQueue(nn.Module):
 
     queue: Tensor
     queue_ptr: Tensor
-    _mirror: Tensor | None
-    _mirrored: int  # version of the buffer that the mirror shows
 
     def __init__(self, dim: int = 128, K: int = 65536) -> None:
         super().__init__()
@@ -46,36 +108,15 @@ class KeyQueue(nn.Module):
         self.register_buffer("queue", columns.t().contiguous().t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-        self._forget_mirror()
-
     @property
     def rows(self) -> Tensor:
         """The keys as rows, (K, dim): a view of the buffer."""
         return self.queue.t()
 
     @property
-    def negatives(self) -> Tensor:
-        """The keys as rows, (K, dim), as :func:`moco_fast.info_nce` reads them fastest.
-
-        For Triton's kernels a float16 mirror of the buffer, which :meth:`enqueue_` keeps in step; it is
-        made anew after any other write that torch knows of (not one through ``.data``). Else :attr:`rows`.
-        """
-        if torch.compiler.is_compiling() or backends.choose("info_nce", (self.rows,)) is not backends.triton:
-            return self.rows
-        if self._mirror is None or self._mirrored != self.queue._version:
-            self._mirror, self._mirrored = self.rows.to(torch.float16), self.queue._version
-        return self._mirror
-
-    def enqueue_(
-        self,
-        keys: Tensor,  # (N, dim), raw, N <= K
-        order: Tensor | None = None,  # (N,) int64
-    ) -> None:
-        """Replace the oldest keys; see :func:`moco_fast.enqueue_`."""
-        in_step = self._mirror is not None and self._mirrored == self.queue._version
-        ops.enqueue_(self.rows, self.queue_ptr, keys, self._mirror if in_step else None, order)
-        if in_step:
-            self._mirrored = self.queue._version
+    def pointer(self) -> Tensor:
+        """The slot to be overwritten next: the buffer ``queue_ptr``."""
+        return self.queue_ptr
 
     def checksum(self) -> Tensor:
         """A number, 0-d int64, that another queue or pointer has with a probability of about 2^-64.
@@ -88,13 +129,3 @@ class KeyQueue(nn.Module):
         by_row, by_column = (2 * torch.arange(n, device=bits.device) + 1 for n in bits.shape)
         words = bits.to(torch.int64) * (by_column * _MIX)
         return ((words ^ (words >> 29)).sum(dim=1) * by_row).sum() + self.queue_ptr[0] * _MIX
-
-    def _forget_mirror(self) -> None:
-        self._mirror, self._mirrored = None, -1
-
-    def _apply(self, *args, **kwargs):
-        self._forget_mirror()  # another device or dtype, and another count of versions
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_mirror": None, "_mirrored": -1}  # copies and pickles make their own

@@ -119,6 +119,11 @@ def test_key_queue_keeps_its_mirror_in_step(backend):
     assert in_step()
     queue.load_state_dict(moco_fast.KeyQueue(8, 600).state_dict())
     assert in_step()
+    assigned = moco_fast.KeyQueue(8, 600).state_dict()
+    while assigned["queue"]._version < queue.queue._version:  # as if the mirror were of these
+        assigned["queue"].fill_(0.125)
+    queue.load_state_dict(assigned, assign=True)
+    assert in_step()
     version = queue.queue._version
     copied = copy.deepcopy(queue)
     while copied.queue._version < version:  # a count of versions that means nothing here

@@ -24,6 +24,7 @@ LAYERS = [
     ("ops", "doctor", "files"),
     ("queue", "norm", "distributed", "optim"),
     ("models", "data"),
+    ("compat",),
     ("evaluate",),
     ("train",),
     ("study",),

@@ -1,0 +1,1 @@
+"""What existing scripts import, answered with the kernels of this library."""
