@@ -25,7 +25,7 @@ LAYERS = [
     ("models", "data"),
     ("evaluate",),
     ("train",),
-    ("study",),
+    ("study", "convert"),
     ("commands",),
     ("cli",),
 ]
