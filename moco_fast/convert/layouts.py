@@ -93,7 +93,7 @@ def read_contents(path: str | os.PathLike[str], *, arch: str | None = None, trus
     saved = _load(path, trust)
     own = saved.get("moco_fast")
     rest = checkpoints.tensors(path, saved["state_dict"])
-    layout = _layout(path, rest, own, arch)
+    layout = _layout(path, rest, own, arch or saved.get("arch"))
     dropped = [prefix.rstrip(".") for prefix in layout.aside if _take(rest, prefix)]
 
     parts = {"q": _take(rest, layout.q), "k": _take(rest, layout.k) if layout.k else {}}
@@ -132,7 +132,8 @@ def read_contents(path: str | os.PathLike[str], *, arch: str | None = None, trus
         raise CheckpointError(
             f"{path} has the layout of {layout.name}, which knows no {shortened(rest)}: {len(rest)} left over"
         )
-    training = {key: saved[key] for key in TRAINING if key in saved} if layout in OFFICIAL else {}
+    kept = TRAINING if layout in OFFICIAL else TRAINING[:1]  # other optimizers have other parameters
+    training = {key: saved[key] for key in kept if key in saved}
     return Contents(
         "this library" if own is not None else layout.name, method, arch, facts, head_path, encoders,
         queue, queue_ptr, predictor, training, tuple(dropped),
@@ -178,12 +179,17 @@ def _layout(path: str | os.PathLike[str], names: Mapping[str, Tensor], own: Any,
         if (layout := Layout("this library", prefix + ".")).fits(names):
             return layout
     refuse_classifier(path, [name.removeprefix("backbone.") for name in names], EXPECTED)
-    if names and (arch is not None or recognised(names)):
+    if recognised(names) or (arch is not None and names.keys() & _bare_names(arch, names)):
         return Layout("a backbone alone", "")
     raise CheckpointError(
         f"{path} has no layout that is known here: expected {EXPECTED}, got {len(names)} tensors, "
         f"{shortened(names) or 'none'}"
     )
+
+
+def _bare_names(arch: str, weights: Mapping[str, Tensor]) -> set[str]:
+    with torch.device("meta"):
+        return set(blank(arch, unrecorded("", weights))[0].state_dict())
 
 
 def _take(rest: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -31,7 +31,9 @@ def is_resnet(arch: str) -> bool:
 
 def recognised(weights: Mapping[str, Tensor]) -> str | None:
     """The ResNet that the weights are of, told by names and shapes; its classifier may be missing."""
-    channels = weights["conv1.weight"].shape[1] if "conv1.weight" in weights else 3
+    if not {"conv1.weight", "layer4.0.conv1.weight"} <= weights.keys():
+        return None
+    channels = weights["conv1.weight"].shape[1]
     for arch in RESNETS:
         if channels != 3 and arch != CIFAR_RESNET:
             continue
