@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layouts import DIM, K, arch, encoder, equal, lightly, model, official, parts, solo
+from layouts import DIM, K, arch, encoder, equal, lightly, model, official, parts, prefixed, solo
 from safetensors.torch import load_file
 
 import moco_fast
@@ -192,3 +192,12 @@ def test_another_queue_size(tmp_path):
         moco_fast.MoCo(encoder("v2"), 8, K, mlp=True).load_state_dict(state)
     with pytest.raises(checkpoint.CheckpointError, match="queue_size must be left out: moco-v3 has no queue"):
         convert(saved(tmp_path / "c.pth", official("v3")), tmp_path / "d.pth", "official", queue_size=8)
+
+
+def test_solo_learn_for_cifar(tmp_path):
+    """Its first convolution is padded by 2: the weights are ours, the features not quite, which is said."""
+    found = parts("resnet18")
+    found["q"] = found["q"] | {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+    made = {"state_dict": prefixed(backbone=found["q"], projector=found["q_head"])}
+    report = convert(saved(tmp_path / "s.ckpt", made), tmp_path / "q", "safetensors", encoder="q")
+    assert report.arch == "cifar_resnet18" and "padding of 2" in report.left_out[0]

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import resource
+import signal
 
 import pytest
 import torch
@@ -165,6 +167,21 @@ def test_projectors_that_are_not_official(tmp_path):
         report = convert(tmp_path / "in.pth", tmp_path / "out.pth", "torchvision", force=True)
         assert report.layout in ("lightly", "solo-learn")
         (tmp_path / "out.pth").unlink()
+
+
+@pytest.mark.parametrize("to", ["official", "safetensors", "lightly"])
+def test_full_disk(tmp_path, to):
+    torch.save(official("vit"), tmp_path / "in.pth")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+        with pytest.raises(OSError, match=r"out.pth could not be written: "):
+            convert(tmp_path / "in.pth", tmp_path / "out.pth", to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
 def test_an_existing_file_is_kept(tmp_path):

@@ -138,6 +138,8 @@ def test_lightly_loads_its_target(tmp_path, v2):
     bank = module.criterion.memory_bank
     assert bank.bank.shape == got["memory_bank"]["bank"].shape
     assert bank.bank_ptr.shape == got["memory_bank"]["bank_ptr"].shape
+    bank.bank, bank.bank_ptr = got["memory_bank"].values()
+    assert torch.equal(bank.bank.t(), parts("resnet18")["queue"])
     network, images = model("resnet18").eval(), torch.randn(2, 3, 64, 64)
     features = module.eval().backbone(images).flatten(1)
     assert torch.equal(features, network.features(images))

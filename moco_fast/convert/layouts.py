@@ -27,6 +27,7 @@ from torch import Tensor
 from moco_fast.convert.contents import MOCO, MOCO_V3, Contents, Encoder
 from moco_fast.convert.names import named, recognised
 from moco_fast.extras import extra
+from moco_fast.models.backbones import CIFAR_RESNET
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.checkpoint import CheckpointError, mismatches, shortened
 from moco_fast.train.pretrained import ENCODERS, blank, recorded, refuse_classifier, unrecorded
@@ -122,6 +123,10 @@ def read_contents(path: str | os.PathLike[str], *, arch: str | None = None, trus
     else:
         method = "an encoder alone"
 
+    if own is not None and own.get("queues"):
+        dropped.append("the queues of other processes")
+    if layout.name == "solo-learn" and arch == CIFAR_RESNET:
+        dropped.append("the first convolution's padding of 2, which is 1 here: features differ a little")
     queue, queue_ptr = _take_queue(rest, saved, encoders["q"].head)
     if queue is not None and queue.ndim == 3:  # of either view; queries of the first meet keys of the second
         queue = queue[1]

@@ -20,13 +20,9 @@ from moco_fast.train.checkpoint import mismatches
 CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 RESNETS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2", CIFAR_RESNET,
+    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
 )  # fmt: skip
-
-
-def is_resnet(arch: str) -> bool:
-    """Whether a backbone has these layers."""
-    return arch in RESNETS
+ALL_RESNETS = (*RESNETS, CIFAR_RESNET)
 
 
 def recognised(weights: Mapping[str, Tensor]) -> str | None:
@@ -34,7 +30,7 @@ def recognised(weights: Mapping[str, Tensor]) -> str | None:
     if not {"conv1.weight", "layer4.0.conv1.weight"} <= weights.keys():
         return None
     channels = weights["conv1.weight"].shape[1]
-    for arch in RESNETS:
+    for arch in ALL_RESNETS:
         if channels != 3 and arch != CIFAR_RESNET:
             continue
         with torch.device("meta"):

@@ -71,6 +71,7 @@ def convert(
         CheckpointError: a file that cannot be read, a target that cannot hold it, or one that gives other
             features.
         TypeError, ValueError: an argument out of range, named.
+        OSError: ``out`` cannot be written.
         ImportError: what the target needs is missing.
     """
     checks.one_of("to", to, targets.TARGETS)
@@ -88,7 +89,12 @@ def convert(
         contents = contents.with_fresh_queue(queue_size)
     held = targets.content(contents, to, encoder)
     with whole(out) as aside:
-        targets.write(aside, held, contents, to, encoder)
+        try:
+            targets.write(aside, held, contents, to, encoder)
+        except ImportError:
+            raise
+        except Exception as error:  # for a full disk torch and safetensors raise errors of their own
+            raise OSError(f"{out} could not be written: {str(error).splitlines()[0]}") from error
         verified = verify(aside, contents, to, encoder)
     tensors = targets.tensors_in(held)
     return Report(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moco_fast.convert.contents import MOCO_V3, Contents, Encoder
-from moco_fast.convert.names import detectron2_name, indexed, is_resnet
+from moco_fast.convert.names import ALL_RESNETS, RESNETS, detectron2_name, indexed
 from moco_fast.extras import extra
-from moco_fast.models.backbones import ANY_CHANNELS, CIFAR_RESNET
+from moco_fast.models.backbones import ANY_CHANNELS
 from moco_fast.train.checkpoint import OFFICIAL_KEYS, PREFIX, CheckpointError
 
 # timm's name of a backbone and what makes it the same; its ResNets are called as torchvision's.
@@ -46,7 +46,7 @@ def lightly(contents: Contents) -> dict[str, Any]:
     state: dict[str, Tensor] = {}
     for role, ending in (("q", ""), ("k", "_momentum")):
         encoder = contents.encoders[role]
-        backbone = indexed(encoder.backbone) if is_resnet(contents.arch) else encoder.backbone
+        backbone = indexed(encoder.backbone) if contents.arch in ALL_RESNETS else encoder.backbone
         parts = {f"backbone{ending}.": backbone, f"projection_head{ending}.layers.": encoder.head}
         if contents.method == MOCO_V3 and role == "q":
             parts["prediction_head.layers."] = contents.predictor
@@ -66,7 +66,7 @@ def torchvision(contents: Contents, encoder: Encoder) -> dict[str, Tensor]:
 
 def timm(contents: Contents, encoder: Encoder) -> dict[str, Tensor]:
     """The state dict of timm's model with ``num_classes=0``, see :func:`timm_model`."""
-    if contents.arch not in TIMM_VITS and (not is_resnet(contents.arch) or contents.arch == CIFAR_RESNET):
+    if contents.arch not in (*RESNETS, *TIMM_VITS):
         known = ", ".join(["ResNets", *TIMM_VITS])
         raise CheckpointError(f"timm has no arch with the weights of {contents.arch!r}; expected {known}")
     return {name: own(value) for name, value in encoder.backbone.items()}
@@ -78,13 +78,12 @@ def timm_model(contents: Contents) -> tuple[str, dict[str, Any]]:
         return contents.arch, {"num_classes": 0}
     name, options = TIMM_VITS[contents.arch]
     sizes = {"img_size": contents.facts["image_size"], "in_chans": contents.facts["channels"]}
-    differing = {key: value for key, value in sizes.items() if value != {"img_size": 224, "in_chans": 3}[key]}
-    return name, {"num_classes": 0} | options | differing
+    return name, {"num_classes": 0} | options | sizes
 
 
 def detectron2(contents: Contents, encoder: Encoder) -> dict[str, Any]:
     """What detectron2 loads as a pretrained backbone, as MoCo's own converter writes it."""
-    if not is_resnet(contents.arch) or contents.arch == CIFAR_RESNET:
+    if contents.arch not in RESNETS:
         raise CheckpointError(f"detectron2's backbones are torchvision's ResNets, got arch {contents.arch!r}")
     model = {detectron2_name(name): value.numpy() for name, value in encoder.backbone.items()}
     return {"model": model, "__author__": "MOCO", "matching_heuristics": True}
@@ -117,11 +116,10 @@ def content(contents: Contents, to: str, role: str | None) -> dict[str, Any]:
 
 
 def write(path: Path, held: dict[str, Any], contents: Contents, to: str, role: str | None) -> None:
-    """Write what :func:`content` returned.
+    """Write what :func:`content` returned; whatever the format's library raises, such as for a full disk.
 
     Raises:
         ImportError: safetensors is missing.
-        OSError: it cannot be written.
     """
     if to == "safetensors":
         about = {"format": "pt", "arch": contents.arch, "method": contents.method, "encoder": role or "both"}

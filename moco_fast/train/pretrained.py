@@ -1,10 +1,12 @@
 """The backbone of a checkpoint, whoever wrote it, with all that evaluating it takes.
 
-Two layouts are read, with or without DDP's ``module.``:
+Two layouts are read, with or without what DDP and torch.compile put into names:
 
     this library's   run folder or checkpoint.pth; the config in it says what the encoder is and sees
     official MoCo    {epoch, arch, state_dict}: v1 and v2 with encoder_q.*, v3 with base_encoder.*;
-                     ImageNet's statistics, 224 pixels, 3 channels
+                     ImageNet's statistics and 224 pixels, unless weights are made for another size
+
+:mod:`moco_fast.convert` makes official ones of others.
 
 Tests: tests/test_pretrained.py.
 """
