@@ -27,12 +27,11 @@ ALL_RESNETS = (*RESNETS, CIFAR_RESNET)
 
 def recognised(weights: Mapping[str, Tensor]) -> str | None:
     """The ResNet that the weights are of, told by names and shapes; its classifier may be missing."""
-    if not {"conv1.weight", "layer4.0.conv1.weight"} <= weights.keys():
+    first = weights.get("conv1.weight")
+    if first is None or first.ndim != 4:
         return None
-    channels = weights["conv1.weight"].shape[1]
-    for arch in ALL_RESNETS:
-        if channels != 3 and arch != CIFAR_RESNET:
-            continue
+    for arch in (CIFAR_RESNET,) if first.shape[-1] == 3 else RESNETS:
+        channels = first.shape[1] if arch == CIFAR_RESNET else 3
         with torch.device("meta"):
             wanted = backbone(arch, width=16, in_channels=channels)(num_classes=1).state_dict()
         if not mismatches(_without_head(weights), _without_head(wanted)):
