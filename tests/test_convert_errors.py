@@ -137,6 +137,15 @@ def test_classifiers(tmp_path):
         assert "give the pretrained checkpoint, with names encoder_q.* (official v1 and v2)" in message
 
 
+def test_other_commands_say_how_to_convert(tmp_path):
+    for made in (lightly("v2"), solo("v2")):
+        torch.save(made, tmp_path / "in.pth")
+        with pytest.raises(
+            checkpoint.CheckpointError, match=r"names of lightly or solo-learn .*: moco-fast con"
+        ):
+            load_pretrained(tmp_path / "in.pth")
+
+
 def test_targets_that_cannot_hold_it(tmp_path):
     vit = official("vit")
     assert "torchvision has no arch 'small_vit'" in refused(tmp_path, vit, "torchvision")

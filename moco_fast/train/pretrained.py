@@ -161,6 +161,11 @@ def _encoder(
         inside = {n.removeprefix(prefix + "."): v for n, v in names.items() if n.startswith(prefix + ".")}
         if inside:
             return prefix, inside
+    if any(name.startswith("backbone.") for name in names):
+        raise CheckpointError(
+            f"{path} has names of lightly or solo-learn ({shortened(names)}): moco-fast convert {path} OUT "
+            "--to official makes a file of it that is read here"
+        )
     expected = " or ".join(f"{prefix}.*" for prefix in prefixes)
     refuse_classifier(path, names, expected)
     raise CheckpointError(
