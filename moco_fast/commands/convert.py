@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -28,9 +28,9 @@ class Convert:
       moco-fast convert runs/NAME keys.safetensors --to safetensors --encoder k
     """
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
     """Run folder or checkpoint."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """File to write."""
     to: Literal["official", "torchvision", "timm", "detectron2", "lightly", "safetensors"]
     """Whose layout."""

@@ -24,6 +24,7 @@ TIMM_VITS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_small": ("vit_small_patch16_224", {"num_heads": 12}),
     "vit_base": ("vit_base_patch16_224", {}),
 }
+OWN_ARCH = "weights that fit no other library go into --to safetensors --encoder q"
 WHOLE = ("official", "lightly")  # targets that hold both encoders; safetensors can
 TARGETS = ("official", "torchvision", "timm", "detectron2", "lightly", "safetensors")
 
@@ -60,7 +61,7 @@ def lightly(contents: Contents) -> dict[str, Any]:
 def torchvision(contents: Contents, encoder: Encoder) -> dict[str, Tensor]:
     """The state dict of torchvision's model, its classifier an Identity."""
     if contents.arch in ANY_CHANNELS:
-        raise CheckpointError(f"torchvision has no arch {contents.arch!r}")
+        raise CheckpointError(f"torchvision has no arch {contents.arch!r}: {OWN_ARCH}")
     return {name: own(value) for name, value in encoder.backbone.items()}
 
 
@@ -68,7 +69,9 @@ def timm(contents: Contents, encoder: Encoder) -> dict[str, Tensor]:
     """The state dict of timm's model with ``num_classes=0``, see :func:`timm_model`."""
     if contents.arch not in (*RESNETS, *TIMM_VITS):
         known = ", ".join(["ResNets", *TIMM_VITS])
-        raise CheckpointError(f"timm has no arch with the weights of {contents.arch!r}; expected {known}")
+        raise CheckpointError(
+            f"timm has no arch with the weights of {contents.arch!r}; expected {known}; {OWN_ARCH}"
+        )
     return {name: own(value) for name, value in encoder.backbone.items()}
 
 
