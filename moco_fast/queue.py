@@ -129,3 +129,22 @@ class KeyQueue(Ring):
         by_row, by_column = (2 * torch.arange(n, device=bits.device) + 1 for n in bits.shape)
         words = bits.to(torch.int64) * (by_column * _MIX)
         return ((words ^ (words >> 29)).sum(dim=1) * by_row).sum() + self.queue_ptr[0] * _MIX
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        saved = state_dict.get(prefix + "queue", self.queue)
+        if saved.ndim != 2 or saved.shape == self.queue.shape:
+            return
+        (dim, K), (own_dim, own_K) = saved.shape, self.queue.shape
+        if dim != own_dim:
+            errors.append(
+                f"The checkpoint is of dim={dim}, this model of dim={own_dim}: build it with dim={dim}. Of "
+                "another dim head and queue are trained anew; the backbone can be kept: moco-fast convert IN "
+                "OUT --to torchvision."
+            )
+        else:
+            errors.append(
+                f"The checkpoint's queue holds K={K} keys, this model's K={own_K}: build it with K={K}, or "
+                f"put a fresh queue into the file: moco-fast convert IN OUT --to official --queue-size "
+                f"{own_K}."
+            )

@@ -33,6 +33,12 @@ def test_pretrain_then_knn_then_resume(tmp_path, capsys):
         n: round(100 * v, 2) for n, v in want.items()
     }
 
+    assert main(["pretrain", "--resume", folder, "--dim", "8"]) == 1
+    err = capsys.readouterr().err
+    assert (
+        "dim=8, was 16: a run goes on with the model that it has trained" in err and "queue is (16, " in err
+    )
+
     assert main(["pretrain", "--resume", folder, "--epochs", "2"]) == 0
     assert checkpoint.read(folder)["moco_fast"]["step"] == 2 * step
     saved = checkpoint.read(folder)["moco_fast"]
@@ -109,6 +115,7 @@ def test_help_has_examples(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert "moco-fast pretrain --data photos/ --epochs 50" in out and "moco-fast doctor" in out
+    assert "moco-fast convert runs/NAME backbone.pth --to torchvision" in out
 
 
 def test_preset_choices_are_the_presets():

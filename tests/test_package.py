@@ -27,7 +27,7 @@ LAYERS = [
     ("compat",),
     ("evaluate",),
     ("train",),
-    ("study",),
+    ("study", "convert"),
     ("commands",),
     ("cli",),
 ]

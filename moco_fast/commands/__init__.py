@@ -8,6 +8,7 @@ from typing import Annotated, Union
 
 import tyro
 
+from moco_fast.commands.convert import Convert
 from moco_fast.commands.doctor import Doctor
 from moco_fast.commands.finetune import Finetune
 from moco_fast.commands.finetune import defaults as finetune_defaults
@@ -43,6 +44,8 @@ examples:
   moco-fast finetune runs/NAME --labels-fraction 0.1
                                                   train all its weights on a tenth of the labels
   moco-fast map runs/NAME                         draw what its features find alike
+  moco-fast convert runs/NAME backbone.pth --to torchvision
+                                                  a checkpoint for another library; docs/checkpoints.md
   moco-fast study momentum                        a question answered by a sweep: table and figure
   moco-fast doctor                                what is installed, built and found
 """
@@ -63,6 +66,7 @@ def run(argv: Sequence[str]) -> int:
                     tyro.conf.subcommand("finetune", default=Finetune(config=finetune_defaults(argv))),
                 ],
                 Annotated[Map, tyro.conf.subcommand("map")],
+                Annotated[Convert, tyro.conf.subcommand("convert")],
                 Annotated[Doctor, tyro.conf.subcommand("doctor")],
             ],  # type: ignore[arg-type]
             prog="moco-fast",

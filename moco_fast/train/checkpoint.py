@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from moco_fast import __version__, checks
 FILE_NAME = "checkpoint.pth"
 PREFIX = "module."
 OFFICIAL_KEYS = ("epoch", "arch", "state_dict", "optimizer")
+WRAPPERS = ("module", "_orig_mod")  # what DistributedDataParallel and torch.compile put into names
+SHOWN = 5  # names in a message, of perhaps hundreds
 
 
 class CheckpointError(ValueError):
@@ -53,33 +57,56 @@ def write_atomic(path: Path, checkpoint: dict[str, Any]) -> None:
         os.close(directory)
 
 
-def read(path: str | os.PathLike[str], keys: Sequence[str] = (*OFFICIAL_KEYS, "moco_fast")) -> dict[str, Any]:
+def read(
+    path: str | os.PathLike[str],
+    keys: Sequence[str] = (*OFFICIAL_KEYS, "moco_fast"),
+    *,
+    trust: bool = False,
+) -> dict[str, Any]:
     """Load a checkpoint, by default one of this library.
 
     Args:
         path: the file, or the run folder that holds it.
         keys: what it must hold.
+        trust: also load a file that needs more than tensors and plain types, which runs code that the file
+            names. Only for files of people you trust.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: truncated, foreign, or without one of the keys.
+        CheckpointError: truncated, foreign, without one of the keys, or in need of ``trust``.
     """
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    expected = f"expected a file of torch.save with the keys {', '.join(keys)}"
+    expected = "expected a file of torch.save" + (f" with the keys {', '.join(keys)}" if keys else "")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} cannot be loaded with weights_only=True, which runs no code from the file; {expected}. "
-            f"Reason: {_first_line(error)}"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle's age; what matters is raised
+            loaded = torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as error:  # on foreign bytes the unpickler raises whatever it stumbles over
+        reason = _first_line(error)
+        if not trust and (needed := _GLOBAL.search(str(error))):
+            advice = (
+                "No checkpoint needs that: do not load it"
+                if needed[2] == "whose"  # of a module that torch blocks, such as os
+                else f"If you trust whoever made it, moco-fast convert {path} OUT --to official --trust True "
+                "loads it all the same, runs what it asks for, and writes a file that needs none"
+            )
+            raise CheckpointError(
+                f"{path} cannot be loaded with weights_only=True, which runs no code from the file: it needs "
+                f"{needed[1]}. {advice}"
+            ) from error
+        if isinstance(error, ImportError | AttributeError):
+            raise CheckpointError(f"{path} needs what is not installed here: {reason}") from error
+        if isinstance(error, pickle.UnpicklingError) and not trust:
+            raise CheckpointError(
+                f"{path} cannot be loaded with weights_only=True, which runs no code from the file; "
+                f"{expected}. Reason: {reason}"
+            ) from error
         raise CheckpointError(
-            f"{path} is truncated or no checkpoint; {expected}. Reason: {_first_line(error)}"
+            f"{path} is truncated or no checkpoint; {expected}. Reason: {reason}"
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; {expected}")
@@ -88,6 +115,33 @@ def read(path: str | os.PathLike[str], keys: Sequence[str] = (*OFFICIAL_KEYS, "m
             f"{path} lacks {', '.join(missing)}; {expected}, it has {', '.join(map(str, loaded))[:200]}"
         )
     return loaded
+
+
+def tensors(path: str | os.PathLike[str], state: Any) -> dict[str, Tensor]:
+    """A state dict under the names of the model itself, without those of what it was wrapped in.
+
+    Raises:
+        CheckpointError: not a mapping from names to tensors, or two tensors of one name.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} must hold tensors by name under state_dict")
+    plain = {plain_name(name): value for name, value in state.items()}
+    if len(plain) < len(state):
+        twice = {name for name in state if name in plain and name != plain_name(name)} or set(state)
+        raise CheckpointError(f"{path} holds tensors twice, wrapped and not: {shortened(sorted(twice))}")
+    return plain
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the parts that wrappers add: ``module.x._orig_mod.y`` is ``x.y``."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def shortened(items: Iterable[str], between: str = ", ") -> str:
+    """The first of many items, and how many more there are."""
+    items = list(items)
+    more = f"{between.rstrip()} and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return between.join(items[:SHOWN]) + more
 
 
 def run_state(
@@ -134,7 +188,7 @@ def load_model(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     Raises:
         CheckpointError: names or shapes differ; lists them, before anything is changed.
     """
-    state = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()}
+    state = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
     if problems := mismatches(state, model.state_dict()):
         raise CheckpointError(f"the checkpoint is of another model: {problems}")
     model.load_state_dict(state)
@@ -152,7 +206,7 @@ def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
         for name, value in wanted.items()
         if name in state and state[name].shape != value.shape
     ]
-    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    return shortened(problems, "; ")
 
 
 def check_finite(model: nn.Module) -> None:
@@ -190,5 +244,10 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, numbers.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
 
 
+_GLOBAL = re.compile(r"GLOBAL (\S+) (was|whose)")  # how torch names the class or function
+
+
 def _first_line(error: Exception) -> str:
+    if "WeightsUnpickler error: " in str(error):  # of torch's advice to load it all the same, the reason
+        return str(error).partition("WeightsUnpickler error: ")[2].strip().splitlines()[0][:200]
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -45,6 +45,8 @@ from moco_fast.train.record import METRICS_FILE, Recorder
 from moco_fast.train.schedule import learning_rate
 
 KNN_MEASUREMENTS = 4  # during a run whose config leaves the choice
+# Options that decide which weights a model has.
+SHAPING = ("arch", "width", "dim", "queue_size", "mlp_dim", "pred_dim", "prototypes")
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     step = 0
     if saved is not None:
         extras = saved["moco_fast"]
-        checkpoints.load_model(model, saved)
+        _load_model(model, saved, config)
         optimizer.load_state_dict(saved["optimizer"])
         for group in optimizer.param_groups:  # the config may have been overridden, and is what gets recorded
             group.update(weight_decay=config.weight_decay)
@@ -341,6 +343,25 @@ def check_same_method(trained: str | None, method: str, where: object) -> None:
         raise checkpoints.CheckpointError(
             f"method must be that of the checkpoint in {where}, {trained!r}, got {method!r}"
         )
+
+
+def _load_model(model: nn.Module, saved: dict[str, Any], config: PretrainConfig) -> None:
+    """Load the weights of a checkpoint; where they do not fit, say which of its run's options differ."""
+    try:
+        checkpoints.load_model(model, saved)
+    except checkpoints.CheckpointError as error:
+        trained, now = saved["moco_fast"]["config"], config.to_dict()
+        differing = [
+            f"{name}={now[name]!r}, was {trained[name]!r}"
+            for name in SHAPING
+            if now[name] != trained.get(name, now[name])
+        ]
+        if not differing:
+            raise
+        raise checkpoints.CheckpointError(
+            f"{'; '.join(differing)}: a run goes on with the model that it has trained, leave this "
+            f"option out or start a new run ({error})"
+        ) from error
 
 
 def refuse_to_overwrite(out: Path) -> None:

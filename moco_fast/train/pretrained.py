@@ -1,19 +1,21 @@
 """The backbone of a checkpoint, whoever wrote it, with all that evaluating it takes.
 
-Two layouts are read, with or without DDP's ``module.``:
+Two layouts are read, with or without what DDP and torch.compile put into names:
 
     this library's   run folder or checkpoint.pth; the config in it says what the encoder is and sees
     official MoCo    {epoch, arch, state_dict}: v1 and v2 with encoder_q.*, v3 with base_encoder.*;
-                     ImageNet's statistics, 224 pixels, 3 channels
+                     ImageNet's statistics and 224 pixels, unless weights are made for another size
+
+:mod:`moco_fast.convert` makes official ones of others.
 
 Tests: tests/test_pretrained.py.
 """
 
 from __future__ import annotations
 
-import inspect
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +26,10 @@ from moco_fast import checks
 from moco_fast.data.datasets import load_dataset
 from moco_fast.data.images import Dataset, Log
 from moco_fast.models.backbones import backbone as backbone_named
-from moco_fast.models.heads import HEAD_NAMES, head_path
+from moco_fast.models.heads import HEAD_NAMES, head_path, replace
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import IMAGENET_MEAN, IMAGENET_STD
-from moco_fast.train.checkpoint import CheckpointError
+from moco_fast.train.checkpoint import CheckpointError, shortened
 
 # Where methods keep the encoder that they are for; the first that a state dict has is taken.
 ENCODERS = ("encoder_q", "base_encoder", "encoder", "teacher")
@@ -90,15 +92,16 @@ def load_pretrained(
     """
     saved = checkpoints.read(path, keys=("state_dict",))
     own = saved.get("moco_fast")
-    prefix, weights = _encoder(path, saved["state_dict"], tuple(OFFICIAL) if own is None else ENCODERS)
-    facts = _official(prefix) if own is None else _recorded(path, own)
+    names = checkpoints.tensors(path, saved["state_dict"])
+    prefix, weights = _encoder(path, names, tuple(OFFICIAL) if own is None else ENCODERS)
+    facts = unrecorded(OFFICIAL[prefix], weights) if own is None else recorded(path, own)
     arch = arch or saved.get("arch")
     if not isinstance(arch, str):
         raise CheckpointError(f"{path} does not name its arch, got {arch!r}: give one, such as 'resnet50'")
     size = facts["image_size"] if image_size is None else checks.count("image_size", image_size)
 
     def build() -> tuple[nn.Module, str, int]:
-        return _headless(_factory(arch, facts["first_width"], facts["channels"], size), facts)
+        return blank(arch, facts | {"image_size": size})
 
     network, head, width = build()
     weights = {name: value for name, value in weights.items() if not name.startswith(head + ".")}
@@ -135,30 +138,43 @@ def dataset_for(pretrained: Pretrained, data: str | None, log: Log) -> Dataset:
     return dataset
 
 
+def refuse_classifier(path: str | os.PathLike[str], names: Collection[str], expected: str) -> None:
+    """Raise CheckpointError if the names are those of a whole classifier, with its head.
+
+    Args:
+        path: for the message.
+        names: of a state dict.
+        expected: names of a pretrained checkpoint.
+    """
+    if any(name.split(".")[0] in HEAD_NAMES for name in names):
+        raise CheckpointError(
+            f"{path} holds a classifier (names such as {shortened(names)}), as a linear probe or supervised "
+            f"training leaves it: give the pretrained checkpoint, with names {expected}"
+        )
+
+
 def _encoder(
-    path: str | os.PathLike[str], state: Any, prefixes: Sequence[str]
+    path: str | os.PathLike[str], names: Mapping[str, Tensor], prefixes: Sequence[str]
 ) -> tuple[str, dict[str, Tensor]]:
     """The prefix of the encoder's names in a state dict, and its entries without it."""
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} must hold tensors by name under state_dict")
-    names = {name.removeprefix(checkpoints.PREFIX): value for name, value in state.items()}
     for prefix in prefixes:
         inside = {n.removeprefix(prefix + "."): v for n, v in names.items() if n.startswith(prefix + ".")}
         if inside:
             return prefix, inside
-    expected = " or ".join(f"{prefix}.*" for prefix in prefixes)
-    shown = ", ".join(list(names)[:3]) or "none"
-    if any(name.split(".")[0] in HEAD_NAMES for name in names):
+    if any(name.startswith("backbone.") for name in names):
         raise CheckpointError(
-            f"{path} holds a classifier (names such as {shown}), as a linear probe or supervised training "
-            f"leaves it: give the pretrained checkpoint, with names {expected}"
+            f"{path} has names of lightly or solo-learn ({shortened(names)}): moco-fast convert {path} OUT "
+            "--to official makes a file of it that is read here"
         )
+    expected = " or ".join(f"{prefix}.*" for prefix in prefixes)
+    refuse_classifier(path, names, expected)
     raise CheckpointError(
-        f"{path} holds no encoder that is known here: expected names {expected}, got {shown}"
+        f"{path} holds no encoder that is known here: expected names {expected}, "
+        f"got {shortened(names) or 'none'}"
     )
 
 
-def _recorded(path: str | os.PathLike[str], own: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(path: str | os.PathLike[str], own: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint of this library says about its encoder.
 
     Read field by field: the configs of methods differ in what else they hold.
@@ -181,41 +197,61 @@ def _recorded(path: str | os.PathLike[str], own: Mapping[str, Any]) -> dict[str,
         raise CheckpointError(f"{path} is of another version: its moco_fast lacks {error}") from error
 
 
-def _official(prefix: str) -> dict[str, Any]:
-    """What is known of official files without being in them."""
+def unrecorded(method: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What :func:`recorded` tells, of an encoder whose file does not: from the shapes of its weights.
+
+    Grey images are taken to have the average statistics of ImageNet's channels.
+    """
+    first = next((value for value in weights.values() if value.ndim == 4), torch.empty(16, 3, 16, 16))
+    channels = first.shape[1]
+    mean, std = (
+        IMAGENET_MEAN if channels == 3 else (sum(IMAGENET_MEAN) / 3,) * channels,
+        IMAGENET_STD if channels == 3 else (sum(IMAGENET_STD) / 3,) * channels,
+    )
+    size = 224
+    stem = [value for n, value in weights.items() if n.startswith("patch_embed.proj.") and value.ndim == 4]
+    if stem and "pos_embed" in weights:
+        patch = stem[0].shape[-1] if len(stem) == 1 else 2 ** (len(stem) - 1)  # a convolution halves
+        size = patch * math.isqrt(weights["pos_embed"].shape[1] - 1)
     return {
-        "method": OFFICIAL[prefix],
-        "image_size": 224,
-        "first_width": 16,
+        "method": method,
+        "image_size": size,
+        "first_width": first.shape[0],
         "dim": 128,
         "seed": 0,
         "canvas": CANVAS,
         "data": None,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "channels": 3,
+        "mean": mean,
+        "std": std,
+        "channels": channels,
     }
 
 
-def _factory(arch: str, first_width: int, channels: int, image_size: int) -> Callable[..., nn.Module]:
-    options: dict[str, Any] = {"width": first_width, "in_channels": channels}
-    if "image_size" in inspect.signature(backbone_named).parameters:  # which vision transformers need
-        options["image_size"] = image_size
-    return backbone_named(arch, **options)
+def factory(arch: str, facts: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    """What makes the backbone of an encoder with these facts, as :func:`recorded` returns them.
+
+    Raises:
+        ValueError: unknown arch, or one that cannot take the channels.
+    """
+    return backbone_named(
+        arch, width=facts["first_width"], in_channels=facts["channels"], image_size=facts["image_size"]
+    )
 
 
-def _headless(factory: Callable[..., nn.Module], facts: Mapping[str, Any]) -> tuple[nn.Module, str, int]:
-    """A backbone without its head, where that was, and the features it took.
+def blank(arch: str, facts: Mapping[str, Any]) -> tuple[nn.Module, str, int]:
+    """A backbone without its head, in eval mode, where that was, and the features it took.
 
     Built as the model of a run is, from the run's seed and with the run's head: the same numbers are drawn.
+
+    Raises:
+        ValueError: unknown arch, or one that cannot take the channels.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(facts["seed"])
-        network = factory(num_classes=facts["dim"])
+        network = factory(arch, facts)(num_classes=facts["dim"])
     head = head_path(network)
     linear = network.get_submodule(head)
     assert isinstance(linear, nn.Linear)
-    owner, _, name = head.rpartition(".")
-    setattr(network.get_submodule(owner), name, nn.Identity())
+    replace(network, head, nn.Identity())
     return network.eval(), head, linear.in_features

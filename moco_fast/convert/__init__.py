@@ -1,0 +1,1 @@
+"""Checkpoints of one library in the layout of another, exactly: docs/checkpoints.md."""
