@@ -23,6 +23,7 @@ LAYERS = [
     ("ops", "doctor", "files"),
     ("queue", "norm", "distributed", "optim"),
     ("models", "data"),
+    ("compat",),
     ("evaluate",),
     ("train",),
     ("study",),

@@ -1,0 +1,1 @@
+"""Scripts written for other MoCo code, running on moco_fast: see docs/migration.md."""
