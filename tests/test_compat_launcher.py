@@ -43,8 +43,8 @@ def test_spawned_processes_find_the_same_modules(tmp_path):
     ("arguments", "message"),
     [
         (["no_such.py"], "no such script: no_such.py"),
-        ([], "the following arguments are required: SCRIPT, ARGS"),
-        (["--devise", "cpu", "script.py"], "argument"),
+        ([], "the following arguments are required: SCRIPT;"),
+        (["--devise", "cpu", "script.py"], "unrecognized arguments: --devise"),
         (["--device", "tpu", "script.py"], "argument --device: must be cpu or cpu:COUNT, got 'tpu'"),
         (["--device", "cpu:0", "script.py"], "argument --device: must be cpu or cpu:COUNT, got 'cpu:0'"),
     ],

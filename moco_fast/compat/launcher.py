@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: moco_fast answers for {' and '.join(shadowed)} in {folder}", file=sys.stderr)
     install(options.device)
     sys.argv = [str(script), *options.arguments]
-    sys.path[0] = str(folder)  # as `python SCRIPT` has it
+    sys.path.insert(0, str(folder))
     runpy.run_path(str(script), run_name="__main__")
     return 0
 
@@ -115,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         help="let the CPU stand for COUNT (1) CUDA devices, to try a script out",
     )
     parser.add_argument("script", metavar="SCRIPT", help="the script to run")
-    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
+    arguments = parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="its own")
+    arguments.required = False  # which argparse does not know of the remainder
     return parser
 
 
