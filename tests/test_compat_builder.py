@@ -98,6 +98,31 @@ def test_a_graph_keeps_the_queue_only_for_true_logits():
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_a_replaced_queue_gives_no_wrong_logits():
+    model = build(builder.MoCo)
+    ((im_q, im_k),) = views()
+    output, target = model(im_q, im_k)
+    model.load_state_dict(build(builder.MoCo, seed=5).state_dict())
+    model(im_q, im_k)
+    assert torch.isfinite(F.cross_entropy(output, target))
+    with (
+        pytest.warns(UserWarning, match="mul needs"),
+        pytest.raises(RuntimeError, match="after the queue they follow from had been replaced"),
+    ):
+        output * 2
+
+
+@pytest.mark.filterwarnings("ignore:moco_fast.compat")
+def test_inference_mode():
+    model, eager = build(builder.MoCo).eval(), build(EagerMoCo).eval()
+    ((im_q, im_k),) = views()
+    with torch.inference_mode():
+        output, target = model(im_q, im_k)
+        torch.testing.assert_close(torch.cat(accuracy(output, target)), torch.stack(true_accuracy(output)))
+        want = F.cross_entropy(*eager(im_q, im_k))
+        torch.testing.assert_close(F.cross_entropy(output, target), want, rtol=1e-4, atol=0)
+
+
 def steps(model, optimizer, batches, loss_of):
     losses = []
     for batch in batches:

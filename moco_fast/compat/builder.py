@@ -70,7 +70,10 @@ class MoCo(moco.MoCo):
             overwritten = slots, self.rows[slots]
             for snapshot in self._snapshots:
                 snapshot.undo.append(overwritten)
+        before = self.queue._version
         super().enqueue_(keys, order)
+        for snapshot in self._snapshots:
+            snapshot.version += self.queue._version - before
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_snapshots": WeakSet()}  # a copy has given away no logits

@@ -40,13 +40,26 @@ class QueueSnapshot:
     Attributes:
         rows: (K, C), a view of the buffer.
         undo: slots and the keys that they held, in the order in which they were overwritten.
+        version: of the buffer, as far as ``undo`` explains it.
     """
 
     rows: Tensor
     undo: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.version = self.rows._version
+
     def restore(self) -> Tensor:
-        """A copy of the rows, (K, C)."""
+        """A copy of the rows, (K, C).
+
+        Raises:
+            RuntimeError: something else was written to the queue.
+        """
+        if self.rows._version != self.version:
+            raise RuntimeError(
+                "true logits were asked for after the queue they follow from had been replaced, as "
+                "load_state_dict does: ask before"
+            )
         rows = self.rows.clone()
         for slots, keys in reversed(self.undo):
             rows.index_copy_(0, slots, keys)
@@ -75,8 +88,8 @@ class Source:
 
     @property
     def changed(self) -> bool:
-        """Whether something was written to the true logits."""
-        return self.true is not None and self.true._version > 0
+        """Whether something was, or without a count of writes may have been, written to the true logits."""
+        return self.true is not None and (self.true.is_inference() or self.true._version > 0)
 
     @torch.no_grad()
     def values(self) -> Tensor:
