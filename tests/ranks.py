@@ -11,7 +11,9 @@ SECONDS = 120  # after which a test has hung
 
 # Forked from a server that has imported torch and started no thread: a rank is there at once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "moco_fast.models.moco", "moco_fast.optim"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "moco_fast.compat.builder", "moco_fast.optim", "torchvision.transforms"]
+)
 
 
 class RankFailed(AssertionError):

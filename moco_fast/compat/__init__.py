@@ -1,1 +1,1 @@
-"""What existing scripts import, answered with the kernels of this library."""
+"""What scripts written for other MoCo code import, answered by this library: docs/migration.md."""

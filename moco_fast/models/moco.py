@@ -149,11 +149,8 @@ class MoCo(Method, KeyQueue):
                 return result
             # From the mean over the rows of both directions to the sum of their means.
             return (2 * result[0], result[1]) if return_stats else 2 * result
-        q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
-        positives = (q * k).sum(dim=1, keepdim=True)
         # A copy, because the rows are overwritten before backward needs them.
-        negatives = q @ self.queue.clone().to(q.dtype)
-        logits = torch.cat([positives, negatives], dim=1) / self.T
+        logits = contrast_logits(q, k, self.rows.clone(), self.T)
         labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
         enqueue()
         return logits, labels
@@ -308,6 +305,18 @@ class MoCo(Method, KeyQueue):
         self._waiting.append(keys)
         if len(self._waiting) == self.accumulation_steps:
             self.end_step()
+
+
+def contrast_logits(
+    q: Tensor,  # (N, C), raw
+    k: Tensor,  # (N, C), raw
+    rows: Tensor,  # (K, C), of unit norm
+    temperature: float,
+) -> Tensor:
+    """``cat([q^.k^, q^ @ rows^T]) / T``, (N, 1 + K): the positive in column 0."""
+    q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+    positives = (q * k).sum(dim=1, keepdim=True)
+    return torch.cat([positives, q @ rows.to(q.dtype).t()], dim=1) / temperature
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

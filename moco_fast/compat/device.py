@@ -1,0 +1,150 @@
+"""A CPU that answers to ``cuda``, for trying out scripts that name the device in every call.
+
+Devices in calls of torch are rewritten, and what scripts ask CUDA for is answered, except for streams, events
+and memory statistics. Autocast for ``cuda`` leaves operations on the CPU as they are, fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
+
+_active: list[TorchFunctionMode] = []
+
+
+def use_cpu(devices: int = 1) -> None:
+    """Let this process find so many CUDA devices, all of which are its CPU. Lasts until the process ends."""
+    if _active:
+        return
+    mode = _CpuForCuda()
+    mode.__enter__()
+    _active.append(mode)
+    answers: dict[str, Callable[..., Any]] = {
+        "is_available": lambda: True,
+        "device_count": lambda: devices,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    # What torch itself asks: its optimizers whether a graph is captured, its loaders for memory to pin.
+    for module, name in ((torch.accelerator, "is_available"), (torch.cuda, "is_current_stream_capturing")):
+        setattr(module, name, lambda: False)
+    _with_options(torch, "load", _map_location)
+    _with_options(dist, "init_process_group", _backend)
+    _with_options(DistributedDataParallel, "__init__", _no_device_ids)
+    _with_options(DataLoader, "__init__", _no_pinning)
+    _convert_batch_norms()
+
+
+class _CpuForCuda(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.cuda, Tensor.pin_memory):
+            return args[0]
+        kwargs = {name: _cpu(value, name == "device") for name, value in (kwargs or {}).items()}
+        return func(*(_cpu(value, func is Tensor.to and i == 1) for i, value in enumerate(args)), **kwargs)
+
+
+def _cpu(value: Any, device: bool = False) -> Any:
+    """The CPU for a CUDA device, which may be a number where a ``device`` is expected; else the value."""
+    named = value.type if isinstance(value, torch.device) else value if isinstance(value, str) else ""
+    number = device and isinstance(value, int) and not isinstance(value, bool)
+    return torch.device("cpu") if number or named.partition(":")[0] == "cuda" else value
+
+
+def _with_options(owner: Any, name: str, change: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    """Change the arguments of a function."""
+    original = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = change(args, kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def _map_location(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = args[:1] + tuple(map(_cpu, args[1:2])) + args[2:], dict(kwargs)
+    if len(args) < 2:
+        kwargs["map_location"] = _cpu(kwargs.get("map_location"))
+    return args, kwargs
+
+
+def _backend(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return ("gloo", *args[1:]), {name: value for name, value in kwargs.items() if name != "backend"}
+
+
+def _no_device_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[:2], kwargs | {"device_ids": None, "output_device": None}
+
+
+def _no_pinning(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, kwargs | {"pin_memory": False}  # by a thread, which has no mode
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverRanks.forward(ctx, grad)
+
+
+class _RanksBatchNorm(_BatchNorm):
+    """Batch norm with the statistics of all ranks, which torch has for GPUs only."""
+
+    def forward(
+        self,
+        x: Tensor,  # (N, C, ...)
+    ) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        channels = (1, -1) + (1,) * (x.ndim - 2)
+        values = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _SumOverRanks.apply(x.sum(axes)) / values
+        centred = x - mean.view(channels)
+        var = _SumOverRanks.apply((centred * centred).sum(axes)) / values
+        y = centred * torch.rsqrt(var + self.eps).view(channels)
+        if self.affine:
+            y = y * self.weight.view(channels) + self.bias.view(channels)
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach(), share)
+            self.running_var.lerp_(var.detach() * values / (values - 1), share)
+        return y
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"input must be (N, C, ...), got shape {tuple(input.shape)}")
+
+
+def _convert_batch_norms() -> None:
+    """Let ``convert_sync_batchnorm`` give modules that a CPU can run."""
+    original = nn.SyncBatchNorm.convert_sync_batchnorm
+
+    def convert(module: nn.Module, process_group: Any = None) -> nn.Module:
+        converted = original(module, process_group)
+        for part in converted.modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                part.__class__ = _RanksBatchNorm  # type: ignore[assignment]
+        return converted
+
+    setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", convert)  # noqa: B010
