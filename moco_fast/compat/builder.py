@@ -52,9 +52,10 @@ class MoCo(moco.MoCo):
             return super().forward(im_q, im_k, return_loss=True, return_stats=return_stats)
         q, k, enqueue = self._encode(im_q, im_k, False, return_stats)
         loss, stats = ops.info_nce(q, k, self.negatives, self.T, reduction="none", return_stats=True)  # type: ignore[misc]
+        rank = stats.rank.masked_fill(loss.isnan(), self.K)  # no comparison with a NaN holds
         snapshot = QueueSnapshot(self.rows)
         self._snapshots.add(snapshot)
-        result = fused_logits(loss, stats.rank, q, k, snapshot, self.T)
+        result = fused_logits(loss, rank, q, k, snapshot, self.T)
         enqueue()
         return result
 
@@ -69,7 +70,7 @@ class MoCo(moco.MoCo):
             slots = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % self.K
             overwritten = slots, self.rows[slots]
             for snapshot in self._snapshots:
-                snapshot.undo.append(overwritten)
+                snapshot.save(*overwritten)
         before = self.queue._version
         super().enqueue_(keys, order)
         for snapshot in self._snapshots:

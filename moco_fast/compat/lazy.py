@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 _noted = False
-_OURS = tuple(os.path.dirname(file) for file in (torch.__file__, os.path.dirname(__file__)))
+_OURS = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, os.path.dirname(__file__)))
 
 
 def note(operation: str) -> None:
@@ -47,7 +47,8 @@ def getter(attribute: str) -> Any:
 
 # What needs no values; the rest of it is answered below autograd.
 PLAIN: set[Any] = {
-    *map(getter, ("shape", "dtype", "device", "layout", "ndim", "is_cuda")),
+    *map(getter, ("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes")),
+    *map(getter, ("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")),
     *map(getter, ("requires_grad", "grad_fn", "is_leaf", "grad")),
     Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.__hash__,
     Tensor.is_floating_point, Tensor.is_contiguous, Tensor.register_hook, Tensor.retain_grad,
@@ -88,7 +89,9 @@ class Lazy(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
         first = args[0] if args else None
         if isinstance(first, Lazy) and func in first.FUSED:
             result = getattr(first, first.FUSED[func])(*args[1:], **kwargs)

@@ -49,6 +49,15 @@ class QueueSnapshot:
     def __post_init__(self) -> None:
         self.version = self.rows._version
 
+    def save(
+        self,
+        slots: Tensor,  # (N,), those that follow on what was saved last
+        keys: Tensor,  # (N, C), in them
+    ) -> None:
+        """Save rows that are about to be overwritten, unless all rows have been saved."""
+        if sum(len(saved) for saved, _ in self.undo) < len(self.rows):
+            self.undo.append((slots, keys))
+
     def restore(self) -> Tensor:
         """A copy of the rows, (K, C).
 
@@ -80,6 +89,7 @@ class Source:
     labels: Tensor  # (N,) int64, all 0 as long as nothing was written to them
     dtype: torch.dtype  # of the logits
     true: Tensor | None = None  # (N, 1 + K), once it was needed
+    exposed: bool = False  # whether somebody can write to the true ones unnoticed
     pinned: QueueSnapshot | None = None  # from then on, for the gradient
 
     @property
@@ -89,7 +99,9 @@ class Source:
     @property
     def changed(self) -> bool:
         """Whether something was, or without a count of writes may have been, written to the true logits."""
-        return self.true is not None and (self.true.is_inference() or self.true._version > 0)
+        return self.exposed or (
+            self.true is not None and (self.true.is_inference() or self.true._version > 0)
+        )
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -136,16 +148,20 @@ class Logits(Lazy):
     """See the module. ``detach``, ``clone`` and casts give further ones; so does nothing else.
 
     The dtype is that of true logits, the one of autocast if that is on; the loss is fp32 like that of
-    :func:`moco_fast.info_nce`. Writing to them is noticed, from then on all operations see what was written.
+    :func:`moco_fast.info_nce`. Writing to them is noticed, also through ``.data`` or NumPy: from then on all
+    operations see what was written. Not noticed is a write through ``.data`` or NumPy of a view of them.
     """
 
     PLAIN = PLAIN | {
         Tensor.detach, Tensor.clone, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.to,
         Tensor.cuda, Tensor.contiguous, torch.detach, torch.clone,
+        Tensor.requires_grad_, Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
     }  # fmt: skip
     FUSED: ClassVar[dict[Any, str]] = {
         F.cross_entropy: "_cross_entropy", Tensor.topk: "_topk", torch.topk: "_topk",
         Tensor.register_hook: "_keep_queue", Tensor.retain_grad: "_keep_queue",
+        getter("data"): "_expose", Tensor.data_ptr: "_expose", Tensor.untyped_storage: "_expose",
+        Tensor.numpy: "_expose", Tensor.__array__: "_expose", Tensor.__dlpack__: "_expose",
     }  # fmt: skip
     source: Source
     queue: QueueSnapshot
@@ -163,7 +179,7 @@ class Logits(Lazy):
     def dense(self) -> Tensor:
         wants_graph = self.requires_grad and torch.is_grad_enabled()
         if self._dense is None or (wants_graph and not self._dense.requires_grad):
-            self._dense = _Materialise.apply(self)
+            self._dense = _Materialise.apply(self, self.source.values())
         return self._dense
 
     def _cross_entropy(
@@ -189,18 +205,29 @@ class Logits(Lazy):
         if dim not in (1, -1) or not largest or out or not 0 < k <= self.shape[1]:
             return NotImplemented
 
+        was_changed = self.source.changed
+
         @cache
         def exact() -> tuple[Tensor, Tensor]:
-            values, indices = torch.topk(self.dense(), k, 1)
+            logits = self.dense()
+            if self.source.changed and not was_changed:  # since this call
+                unwritten = replace(self.source, true=None, exposed=False)
+                logits = _Materialise.apply(self, unwritten.values())
+            values, indices = torch.topk(logits, k, 1)
             return values, indices.t().contiguous().t()
 
-        if self.source.changed:
+        if was_changed:
             return torch.return_types.topk(exact())
         return torch.return_types.topk((TopValues(self, k, exact), TopIndices(self, k, exact)))
 
     def _keep_queue(self, *_: Any) -> Any:
         """For a gradient that somebody looks at, maybe after these logits are gone."""
         self.source.pinned = self.queue
+        return NotImplemented
+
+    def _expose(self, *_: Any, **__: Any) -> Any:
+        """For somebody who gets at memory in which writes are not counted."""
+        self.source.exposed = True
         return NotImplemented
 
     @classmethod
@@ -287,11 +314,12 @@ class SoftmaxGrad(Lazy):
 
     source: Source
     scale: Tensor  # (N,)
+    queue: QueueSnapshot | None  # kept for whoever looks at the values, if it is still there
 
     @staticmethod
     def __new__(cls, source: Source, scale: Tensor, dtype: torch.dtype) -> Any:
         self = Lazy.__new__(cls, source.shape, dtype, scale.device)
-        self.source, self.scale = source, scale
+        self.source, self.scale, self.queue = source, scale, source.queue()
         return self
 
     def plain(self) -> Tensor:
@@ -342,17 +370,19 @@ class _Materialise(torch.autograd.Function):
     """The true logits of logits."""
 
     @staticmethod
-    def forward(ctx, logits):
-        return logits.source.values().detach()
+    def forward(ctx, logits, values):
+        return values.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        return grad
+        return grad, None
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, reduction):
+        if torch.is_anomaly_enabled():  # which looks at every gradient
+            logits.source.pinned = logits.queue
         ctx.source, ctx.reduction = logits.source, reduction
         loss = logits.source.loss
         loss = loss.to(torch.promote_types(loss.dtype, logits.source.dtype))  # fp32 at least
