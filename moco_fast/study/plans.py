@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from moco_fast.data.augment import AugmentConfig
@@ -45,11 +46,6 @@ def _small(method: str, **changes: Any) -> PretrainConfig:
     recipe = PRESETS["fashion-mnist"].config.with_method(method)
     shared: dict[str, Any] = {"width": 8, "epochs": 1, "warmup_epochs": 0.05, "knn_every": NEVER}
     return replace(recipe, **(shared | changes))
-
-
-def _small_twice(method: str, **changes: Any) -> PretrainConfig:
-    """Two epochs: before the second the rows of a memory bank are those drawn at random."""
-    return _small(method, epochs=2, **changes)
 
 
 def _at_size(side: int) -> AugmentConfig:
@@ -115,14 +111,15 @@ STUDIES: dict[str, Study] = {
         "How do the methods compare on one budget?",
         "each method's paper",
         None,
-        lambda: _methods(_small_twice),
+        # Two epochs: before the second the rows of a memory bank are those drawn at random.
+        lambda: _methods(partial(_small, epochs=2)),
         _methods_full,
     ),
     "dictionary": Study(
         "How does accuracy depend on the number of negatives, and on where they come from?",
         "He et al. 2020, figure 3",
         "negatives",
-        lambda: _dictionary(_small_twice, (128, 512, 2048, 8192), (64, 128, 256, 512)),
+        lambda: _dictionary(_small, (128, 512, 2048, 8192), (64, 128, 256, 512)),
         lambda: _dictionary(_imagenet, (256, 512, 1024, 4096, 16384, 65536), (256, 512, 1024)),
     ),
     "momentum": Study(
