@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_fast.compat import loader
+from moco_fast.compat import builder, loader
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -22,15 +22,22 @@ def launch(*arguments, cwd=None):
 
 
 def test_spawned_processes_find_the_same_modules(tmp_path):
+    """Ours, those that only the script's folder has, and none of the working directory."""
     (tmp_path / "moco").mkdir()
     (tmp_path / "moco" / "builder.py").write_text("raise ImportError('the wrong one')")
+    (tmp_path / "moco" / "extra.py").write_text("from moco.builder import MoCo, concat_all_gather")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "decoy.py").touch()
     for name in ("spawned.py", "networks.py"):
         (tmp_path / name).write_text((SCRIPTS / name).read_text())
-    done = launch("--device", "cpu:2", tmp_path / "spawned.py", tmp_path, "--device=own", cwd=tmp_path)
+    done = launch("--device", "cpu:2", "../spawned.py", tmp_path, "--device=own", cwd=elsewhere)
     assert done.returncode == 0, done.stderr
-    assert f"moco_fast answers for moco in {tmp_path}" in done.stderr.splitlines()[0]
+    assert f"moco_fast answers for moco/builder.py in {tmp_path}" in done.stderr.splitlines()[0]
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
     for each in found:
+        assert each["extra"] == str(tmp_path / "moco" / "extra.py") and not each["decoy"]
+        assert each["gathered"] == [0, 1]
         homes = ("compat.builder", "compat.loader", "optim", "compat.vits")
         assert [home.removeprefix("moco_fast.") for home in each["homes"]] == [
             home if home != "optim" else "compat.optimizer" for home in homes
@@ -72,8 +79,10 @@ def test_help_shows_examples(capsys):
 
 def test_a_failing_script_fails(tmp_path):
     script = tmp_path / "fails.py"
-    script.write_text("import sys, moco.builder\nassert sys.argv[0] == __file__\nsys.exit(7)")
-    done = launch(script)
+    script.write_text(
+        "import os, sys, moco.builder\nassert os.path.abspath(sys.argv[0]) == __file__\nsys.exit(7)"
+    )
+    done = launch(script.name, cwd=tmp_path)
     assert done.returncode == 7, done.stderr
 
 
@@ -85,6 +94,12 @@ def test_importing_moco_fast_imports_none_of_it():
 
 def picture():
     return Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=numpy.uint8))
+
+
+def test_gathering_without_a_process_group():
+    x = torch.ones(3, requires_grad=True)
+    alone = builder.concat_all_gather(x)
+    assert torch.equal(alone, x) and not alone.requires_grad
 
 
 def test_two_views():

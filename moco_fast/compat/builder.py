@@ -10,10 +10,11 @@ from torch import Tensor
 
 from moco_fast import ops
 from moco_fast.compat.logits import QueueSnapshot, fused_logits
+from moco_fast.distributed import all_gather_rows as concat_all_gather
 from moco_fast.models import moco
 from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT
 
-__all__ = ["MoCo", "MoCo_ResNet", "MoCo_ViT"]
+__all__ = ["MoCo", "MoCo_ResNet", "MoCo_ViT", "concat_all_gather"]
 
 
 class MoCo(moco.MoCo):

@@ -1,12 +1,16 @@
 """A CPU that answers to ``cuda``, for trying out scripts that name the device in every call.
 
-Devices in calls of torch are rewritten, and what scripts ask CUDA for is answered, except for streams, events
-and memory statistics. Autocast for ``cuda`` leaves operations on the CPU as they are, fp32.
+Devices in calls of torch are rewritten, and what scripts commonly ask ``torch.cuda`` for is answered; not
+streams, events, ``torch.Generator``, properties and capability. Autocast for ``cuda`` leaves operations on
+the CPU as they are, fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,20 +33,32 @@ def use_cpu(devices: int = 1) -> None:
     _active.append(mode)
     answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
         "device_count": lambda: devices,
+        "device": _SameDevice,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
+        "get_device_name": lambda device=None: "CPU",
         "synchronize": lambda device=None: None,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "get_rng_state": lambda device=0: torch.get_rng_state(),
+        "set_rng_state": lambda new_state, device=0: _set_rng_states([new_state]),
+        "get_rng_state_all": lambda: [torch.get_rng_state() for _ in range(devices)],
+        "set_rng_state_all": _set_rng_states,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     # What torch itself asks: its optimizers whether a graph is captured, its loaders for memory to pin.
     for module, name in ((torch.accelerator, "is_available"), (torch.cuda, "is_current_stream_capturing")):
         setattr(module, name, lambda: False)
-    _with_options(torch, "load", _map_location)
-    _with_options(dist, "init_process_group", _backend)
-    _with_options(DistributedDataParallel, "__init__", _no_device_ids)
-    _with_options(DataLoader, "__init__", _no_pinning)
+    # Where files are loaded to; asked before CUDA's own, whose priority is 20.
+    torch.serialization.register_package(15, lambda storage: None, _stay)
+    gloo = {"backend": "gloo", "device_id": None, "pg_options": None}
+    _with_options(dist, "init_process_group", **gloo)
+    _with_options(dist, "new_group", **gloo)
+    _with_options(dist, "barrier", device_ids=None)
+    _with_options(DistributedDataParallel, "__init__", device_ids=None, output_device=None)
+    _with_options(DataLoader, "__init__", pin_memory=False)  # by a thread, which has no mode
     _convert_batch_norms()
 
 
@@ -50,9 +66,12 @@ class _CpuForCuda(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return _cpu(func(*args, **kwargs))
         if func in (Tensor.cuda, Tensor.pin_memory):
             return args[0]
-        kwargs = {name: _cpu(value, name == "device") for name, value in (kwargs or {}).items()}
+        kwargs = {name: _cpu(value, name == "device") for name, value in kwargs.items()}
         return func(*(_cpu(value, func is Tensor.to and i == 1) for i, value in enumerate(args)), **kwargs)
 
 
@@ -63,34 +82,36 @@ def _cpu(value: Any, device: bool = False) -> Any:
     return torch.device("cpu") if number or named.partition(":")[0] == "cuda" else value
 
 
-def _with_options(owner: Any, name: str, change: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
-    """Change the arguments of a function."""
-    original = getattr(owner, name)
+class _SameDevice(nullcontext):
+    """``torch.cuda.device``: there is no other device to change to."""
 
+    def __init__(self, device: Any) -> None:
+        super().__init__()
+
+
+def _set_rng_states(new_states: Iterable[Tensor]) -> None:
+    for state in new_states:
+        if state.shape == torch.get_rng_state().shape:  # a GPU's, from a checkpoint, has no meaning here
+            torch.set_rng_state(state)
+
+
+def _stay(storage: Any, location: str) -> Any:
+    """What was, or should be, on a CUDA device stays where it was read to."""
+    return storage if location.startswith("cuda") else None
+
+
+def _with_options(owner: Any, name: str, **options: Any) -> None:
+    """Let a function have these arguments, whatever it is called with."""
+    original = getattr(owner, name)
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = change(args, kwargs)
-        return original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.arguments.update(options)
+        return original(*given.args, **given.kwargs)
 
     setattr(owner, name, call)
-
-
-def _map_location(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs = args[:1] + tuple(map(_cpu, args[1:2])) + args[2:], dict(kwargs)
-    if len(args) < 2:
-        kwargs["map_location"] = _cpu(kwargs.get("map_location"))
-    return args, kwargs
-
-
-def _backend(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return ("gloo", *args[1:]), {name: value for name, value in kwargs.items() if name != "backend"}
-
-
-def _no_device_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[:2], kwargs | {"device_ids": None, "output_device": None}
-
-
-def _no_pinning(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args, kwargs | {"pin_memory": False}  # by a thread, which has no mode
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -45,23 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: no such script: {script}", file=sys.stderr)
         return 2
     folder = script.resolve().parent
-    if shadowed := [name for name in ("moco", "vits.py") if (folder / name).exists()]:
-        print(f"{PROGRAM}: moco_fast answers for {' and '.join(shadowed)} in {folder}", file=sys.stderr)
-    install(options.device)
+    answered = [f"{name.replace('.', '/')}.py" for name in ANSWERED]
+    if shadowed := [name for name in answered if (folder / name).exists()]:
+        print(f"{PROGRAM}: moco_fast answers for {', '.join(shadowed)} in {folder}", file=sys.stderr)
+    install(options.device, folder)
     sys.argv = [str(script), *options.arguments]
     sys.path.insert(0, str(folder))
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(str(script.absolute()), run_name="__main__")
     return 0
 
 
-def install(devices: int = 0) -> None:
+def install(devices: int, folder: Path) -> None:
     """Answer the imports of upstream scripts, here and in processes spawned from here.
 
     Args:
         devices: CUDA devices to be found, all of them the CPU; 0 leaves devices alone.
+        folder: The script's, whose ``moco/`` has the modules that are not answered.
     """
     package = ModuleType("moco", "Answered by moco_fast.compat.")
-    package.__path__ = []  # a package, with nothing in it but these
+    package.__path__ = [str(folder / "moco")]
     sys.modules["moco"] = package
     for name, home in ANSWERED.items():
         module = sys.modules[name] = importlib.import_module(home)
@@ -71,25 +73,25 @@ def install(devices: int = 0) -> None:
         from moco_fast.compat import device
 
         device.use_cpu(devices)
-    _install_in_children(devices)
+    _install_in_children(devices, folder)
 
 
 class _Install:
     """Unpickled as a call of :func:`install`."""
 
-    def __init__(self, devices: int) -> None:
-        self.devices = devices
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
 
     def __reduce__(self) -> tuple[object, ...]:
-        return install, (self.devices,)
+        return install, self.arguments
 
 
-def _install_in_children(devices: int) -> None:
+def _install_in_children(devices: int, folder: Path) -> None:
     # A spawned process unpickles these data before it imports the script, and ignores keys it does not know.
     original = multiprocessing.spawn.get_preparation_data
 
     def with_imports(name: str) -> dict[str, object]:
-        return original(name) | {"moco_fast": _Install(devices)}
+        return original(name) | {"moco_fast": _Install(devices, folder)}
 
     multiprocessing.spawn.get_preparation_data = with_imports
 

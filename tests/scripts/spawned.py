@@ -2,8 +2,10 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import moco.builder
+import moco.extra
 import moco.loader
 import moco.optimizer
 import networks
@@ -26,7 +28,8 @@ def main_worker(gpu, out):
     found = {
         "homes": [moco.builder.__name__, moco.loader.__name__, moco.optimizer.__name__, vits.__name__],
         "arguments": sys.argv[1:], "device": str(images.device), "loss": loss.item(),
-        "logits": type(output).__name__,
+        "logits": type(output).__name__, "extra": moco.extra.__file__, "decoy": bool(find_spec("decoy")),
+        "gathered": moco.extra.concat_all_gather(torch.tensor([gpu])).tolist(),
     }  # fmt: skip
     with open(f"{out}/{gpu}", "w") as file:
         json.dump(found, file)
