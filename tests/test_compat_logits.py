@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import moco_fast
 from moco_fast import KeyQueue
 from moco_fast.compat import lazy
-from moco_fast.compat.logits import Logits, QueueSnapshot, SoftmaxGrad, fused_logits
+from moco_fast.compat.logits import Logits, SoftmaxGrad, fused_logits
+from moco_fast.compat.source import QueueSnapshot
 from moco_fast.models.moco import contrast_logits
 
 N, C, K, T = 12, 8, 50, 0.2

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moco_fast import ops
-from moco_fast.compat.logits import QueueSnapshot, fused_logits
+from moco_fast.compat.logits import fused_logits
+from moco_fast.compat.source import QueueSnapshot
 from moco_fast.distributed import all_gather_rows as concat_all_gather
 from moco_fast.models import moco
 from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT
