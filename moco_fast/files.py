@@ -11,7 +11,11 @@ from pathlib import Path
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to, renamed to it when all is written; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        parent = next(parent for parent in path.parents if parent.exists())
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is no folder") from error
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside

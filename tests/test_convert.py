@@ -54,7 +54,8 @@ def test_the_backbone_of_either_encoder(tmp_path, through, role):
     source = saved(tmp_path / "start.pth.tar", official("resnet18"))
     report = convert(source, tmp_path / "between", through, encoder=role)
     other = "k" if role == "q" else "q"
-    assert report.left_out == ("optimizer", "projector", f"encoder {other}", "queue")
+    epoch = () if through == "safetensors" else ("epoch",)
+    assert report.left_out == (*epoch, "optimizer", "projector", f"encoder {other}", "queue")
     assert report.encoder == role and report.tensors == len(parts("resnet18")["q"])
     convert(tmp_path / "between", tmp_path / "back", "safetensors", encoder="q")
     back = load_file(tmp_path / "back")
@@ -89,15 +90,18 @@ def test_other_libraries_become_official(tmp_path, kind, library):
         own = ("module.queue", "module.queue_ptr")
         want = {name: got["state_dict"][name] if name in own else value for name, value in want.items()}
     assert equal(got["state_dict"], want)
+    lightning = ("global_step", "pytorch-lightning_version")
     asides = {
-        "lightly": (),
-        "lightly's benchmark": ("online_classifier",),
+        "lightly": lightning,
+        "lightly's benchmark": ("online_classifier", *lightning),
         "solo-learn": (
             "classifier",
             *(("the queue of the first view's keys",) if kind not in ("v3", "vit") else ()),
+            "hyper_parameters",
         ),
     }
     assert report.left_out == asides[library]
+    assert report.lacks == (("optimizer", "scaler") if kind in ("v3", "vit") else ("optimizer",))
 
 
 def test_an_old_bank_of_lightly(tmp_path):
@@ -108,6 +112,37 @@ def test_an_old_bank_of_lightly(tmp_path):
         made["state_dict"] |= {f"{name}.bank": bank, f"{name}.bank_ptr": found["queue_ptr"]}
         convert(saved(tmp_path / "l.ckpt", made), tmp_path / "o.pth", "official", arch=arch("v2"), force=True)
         assert equal(load(tmp_path / "o.pth")["state_dict"], want)
+
+
+def test_a_bank_that_may_be_either_way_round(tmp_path):
+    """Early versions of lightly had (dim, K), later ones (K, dim): with K = dim nothing tells which."""
+    made = lightly("v2")
+    made["state_dict"]["criterion.bank"] = torch.eye(DIM)
+    source = saved(tmp_path / "l.ckpt", made)
+    bank = f"a bank of ({DIM}, {DIM}), which does not tell dim from K"
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        convert(source, tmp_path / "o.pth", "official", arch=arch("v2"))
+    assert f"lost its queue (unused: {bank}" in str(error.value)
+    report = convert(source, tmp_path / "o.pth", "official", arch=arch("v2"), queue_size=K)
+    assert bank in report.left_out
+    square = official("v2")  # ours are (K, dim), always
+    square["state_dict"] = square["state_dict"] | {"module.queue": torch.randn(DIM, DIM)}
+    convert(saved(tmp_path / "a.pth", square), tmp_path / "l2.ckpt", "lightly")
+    convert(tmp_path / "l2.ckpt", tmp_path / "b.pth", "official")
+    assert equal(load(tmp_path / "b.pth")["state_dict"], square["state_dict"])
+
+
+def test_everything_that_is_not_used_is_named(tmp_path):
+    """Whatever stands beside the state dict."""
+    start = official("vit") | {"scaler": {"scale": 2.0}}
+    more = {"best_acc1": 1.0, "scheduler": {"last_epoch": 3}, "args_dict": {}, 0: "x"}
+    report = convert(saved(tmp_path / "a.pth", start | more), tmp_path / "b.pth", "official")
+    assert report.left_out == ("best_acc1", "scheduler", "args_dict", "0") and report.lacks == ()
+    assert equal(load(tmp_path / "b.pth"), start)
+    lightning = {name: [] for name in ("optimizer_states", "lr_schedulers", "hyper_parameters")}
+    made = {"state_dict": lightly("vit")["state_dict"]} | lightning
+    report = convert(saved(tmp_path / "l.pth", made), tmp_path / "c.pth", "official", arch="small_vit")
+    assert report.left_out == tuple(lightning) and load(tmp_path / "c.pth")["epoch"] == 0
 
 
 @pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod.", "inside"])
@@ -150,7 +185,7 @@ def test_this_library(tmp_path, method):
         want = checkpoint.model_state(network)
         labels = want.pop("module.queue_labels", None)
         assert equal(dict(want), got["state_dict"]) and report.layout == "this library"
-        assert report.left_out == (() if labels is None else ("queue_labels",))
+        assert report.left_out == (*(() if labels is None else ("queue_labels",)), "moco_fast")
         assert equal(
             load_pretrained(tmp_path / "o.pth").backbone.state_dict(),
             load_pretrained(source).backbone.state_dict(),

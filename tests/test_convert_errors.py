@@ -178,6 +178,48 @@ def test_projectors_that_are_not_official(tmp_path):
         (tmp_path / "out.pth").unlink()
 
 
+def test_names_that_are_no_strings(tmp_path):
+    for content in ({0: torch.zeros(2)}, {"state_dict": {0: torch.zeros(2)}}):
+        assert "must hold tensors by name" in refused(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "name", ["base_encoder.norm.weight", "momentum_encoder.head.0.weight", "predictor.0.weight"]
+)
+def test_weights_of_integers(tmp_path, name):
+    """Of the backbone, of a head, of the predictor; whatever the target."""
+    start = official("vit")
+    name = f"module.{name}"
+    start["state_dict"] = start["state_dict"] | {name: start["state_dict"][name].int()}
+    for to in ("official", "lightly"):
+        message = refused(tmp_path, start, to)
+        end = name.partition("encoder.")[2].removeprefix("head.") or "0.weight"
+        assert message.endswith(f"{end} is torch.int32, expected a floating-point dtype")
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    """Kept bit by bit where files are compared, refused where features are: the message names OUT."""
+    start = official("resnet18")
+    weights = {
+        n: torch.full_like(v, torch.nan) if n.endswith("encoder_q.conv1.weight") else v
+        for n, v in start["state_dict"].items()
+    }
+    message = refused(tmp_path, start | {"state_dict": weights}, "torchvision")
+    assert message.startswith("the weights or statistics of encoder q are not finite: ")
+    assert message.endswith(f"{tmp_path / 'out.pth'} cannot be verified")
+    report = convert(tmp_path / "in.pth", tmp_path / "out.pth", "official")
+    assert report.verified == "read back, equal bit by bit"
+
+
+def test_a_queue_for_a_target_without_one(tmp_path):
+    for options in ({"to": "torchvision"}, {"to": "safetensors", "encoder": "q"}):
+        message = refused(tmp_path, lightly("resnet18"), queue_size=64, **options)
+        want = (
+            f"queue_size must be left out with {options['to']} of one encoder, which holds no queue, got 64"
+        )
+        assert message == want
+
+
 @pytest.mark.parametrize("to", ["official", "safetensors", "lightly"])
 def test_full_disk(tmp_path, to):
     torch.save(official("vit"), tmp_path / "in.pth")
@@ -206,3 +248,24 @@ def test_an_existing_file_is_kept(tmp_path):
     assert (tmp_path / "b.pth").read_text() == "mine"
     convert(tmp_path / "a.pth", tmp_path / "b.pth", "official", force=True)
     assert load_pretrained(tmp_path / "b.pth").arch == "small_vit"
+
+
+def test_links(tmp_path):
+    """A link is something that exists, wherever it points; replacing it replaces what it points to."""
+    torch.save(official("vit"), tmp_path / "a.pth")
+    link, target = tmp_path / "link.pth", tmp_path / "elsewhere" / "target.pth"
+    link.symlink_to(target)
+    with pytest.raises(FileExistsError, match=r"link.pth exists: choose another name, or --force True"):
+        convert(tmp_path / "a.pth", link, "official")
+    for _ in ("dangling", "of a file"):
+        convert(tmp_path / "a.pth", link, "official", force=True)
+        assert link.is_symlink() and load_pretrained(target).arch == "small_vit"
+        target.write_text("old")
+
+
+def test_out_below_a_file(tmp_path):
+    torch.save(official("vit"), tmp_path / "a.pth")
+    for out in ("a.pth/b.pth", "a.pth/b/c.pth"):
+        with pytest.raises(NotADirectoryError) as error:
+            convert(tmp_path / "a.pth", tmp_path / out, "official")
+        assert str(error.value) == f"{tmp_path / out} cannot be written: {tmp_path / 'a.pth'} is no folder"

@@ -155,6 +155,41 @@ def test_a_bare_backbone_names_no_arch(tmp_path):
         assert (report.arch, report.layout) == ("resnet18", "a backbone alone")
 
 
+def test_bfloat16_for_detectron2(tmp_path):
+    """numpy has none: float32 of the same values."""
+    start = official("resnet18")
+    names = start["state_dict"]
+    start["state_dict"] = {n: v.bfloat16() if v.is_floating_point() else v for n, v in names.items()}
+    torch.save(start, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "b.pkl", "detectron2")
+    array = pickle.loads((tmp_path / "b.pkl").read_bytes())["model"]["stem.conv1.weight"]
+    want = start["state_dict"]["module.encoder_q.conv1.weight"]
+    assert array.dtype == np.float32 and torch.equal(torch.from_numpy(array), want.float())
+
+
+def test_a_backbone_with_weights_beside_its_head(tmp_path):
+    """A MobileNet's classifier.0 is part of the backbone, classifier.3 its head."""
+    whole = models.mobilenet_v3_small()
+    names = {n: v for n, v in whole.state_dict().items() if not n.startswith("classifier.3.")}
+    torch.save(names, tmp_path / "a.pth")
+    report = convert(tmp_path / "a.pth", tmp_path / "b.pth", "torchvision", arch="mobilenet_v3_small")
+    assert report.tensors == len(names) and "classifier.0.weight" in load(tmp_path / "b.pth")
+    with pytest.raises(
+        CheckpointError, match=r"holds a classifier .*; or --arch, for a backbone with weights"
+    ):
+        convert(tmp_path / "a.pth", tmp_path / "c.pth", "torchvision")
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    with pytest.raises(CheckpointError, match="holds a classifier"):
+        convert(tmp_path / "whole.pth", tmp_path / "c.pth", "torchvision", arch="mobilenet_v3_small")
+
+
+def test_command_says_what_resume_misses(tmp_path, capsys):
+    torch.save(official("vit") | {"best_acc1": 1.0}, tmp_path / "a.pth")
+    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "official"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: best_acc1\nlacks scaler: to --resume from it, remove the lines that load" in printed
+
+
 def test_command(tmp_path, v2, capsys):
     out = tmp_path / "deeper" / "k.safetensors"
     arguments = ["convert", str(v2), str(out), "--to", "safetensors", "--encoder", "k"]

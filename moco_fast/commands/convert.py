@@ -60,5 +60,10 @@ class Convert:
         )
         if report.left_out:
             console.print(f"left out: {', '.join(report.left_out)}")
+        if report.lacks:
+            console.print(
+                f"lacks {' and '.join(report.lacks)}: to --resume from it, remove the lines that load this "
+                "from main_moco.py"
+            )
         console.print(report.verified)
         return 0

@@ -14,7 +14,7 @@ from moco_fast import checks
 from moco_fast.models.backbones import VITS
 from moco_fast.models.moco import MoCo
 from moco_fast.models.moco_v3 import MoCo_ResNet, MoCo_ViT
-from moco_fast.train.checkpoint import CheckpointError, mismatches
+from moco_fast.train.checkpoint import CheckpointError, mismatches, shortened
 from moco_fast.train.pretrained import factory
 
 MOCO, MOCO_V3 = "moco", "moco-v3"  # with a queue; with a predictor
@@ -105,9 +105,10 @@ class Contents:
                 "--to torchvision, timm or detectron2, or --to safetensors --encoder q"
             )
         if self.method == MOCO and self.queue is None:
+            unused = f" (unused: {shortened(self.dropped)})" if self.dropped else ""
             raise CheckpointError(
-                f"the file of {self.layout} lost its queue, which official files hold: give --queue-size "
-                "65536, or what you trained with, for a fresh one, which fills as training goes on"
+                f"the file of {self.layout} lost its queue{unused}, which official files hold: give "
+                "--queue-size 65536, or what you trained with, for a fresh one, which training fills"
             )
         state = {f"predictor.{name}": value for name, value in self.predictor.items()}
         for role, prefix in zip("qk", OFFICIAL_NAMES[self.method], strict=True):

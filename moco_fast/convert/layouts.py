@@ -93,8 +93,11 @@ def read_contents(path: str | os.PathLike[str], *, arch: str | None = None, trus
     """
     saved = _load(path, trust)
     own = saved.get("moco_fast")
+    arch = arch or saved.get("arch") or None
+    if not isinstance(arch, str | None):
+        raise CheckpointError(f"{path} must name its arch, got {arch!r}: give --arch, such as resnet50")
     rest = checkpoints.tensors(path, saved["state_dict"])
-    layout = _layout(path, rest, own, arch or saved.get("arch"))
+    layout = _layout(path, rest, own, arch)
     dropped = [prefix.rstrip(".") for prefix in layout.aside if _take(rest, prefix)]
 
     parts = {"q": _take(rest, layout.q), "k": _take(rest, layout.k) if layout.k else {}}
@@ -103,8 +106,8 @@ def read_contents(path: str | os.PathLike[str], *, arch: str | None = None, trus
     predictor = _take(rest, layout.predictor)
     if layout.name == "lightly":
         parts = {role: named(part) for role, part in parts.items()}
-    arch = arch or saved.get("arch") or recognised(parts["q"])
-    if not isinstance(arch, str):
+    arch = arch or recognised(parts["q"])
+    if arch is None:
         raise CheckpointError(
             f"{path} does not name its arch, and its weights are of no ResNet: give --arch, such as vit_small"
         )
@@ -127,7 +130,8 @@ def read_contents(path: str | os.PathLike[str], *, arch: str | None = None, trus
         dropped.append("the queues of other processes")
     if layout.name == "solo-learn" and arch == CIFAR_RESNET:
         dropped.append("the first convolution's padding of 2, which is 1 here: features differ a little")
-    queue, queue_ptr = _take_queue(rest, saved, encoders["q"].head)
+    unused = {key: value for key, value in saved.items() if key not in ("arch", "state_dict")}
+    queue, queue_ptr = _take_queue(rest, unused, encoders["q"].head, dropped)
     if queue is not None and queue.ndim == 3:  # of either view; queries of the first meet keys of the second
         queue = queue[1]
         dropped.append("the queue of the first view's keys")
@@ -138,7 +142,9 @@ def read_contents(path: str | os.PathLike[str], *, arch: str | None = None, trus
             f"{path} has the layout of {layout.name}, which knows no {shortened(rest)}: {len(rest)} left over"
         )
     kept = TRAINING if layout in OFFICIAL else TRAINING[:1]  # other optimizers have other parameters
-    training = {key: saved[key] for key in kept if key in saved}
+    training = {key: unused.pop(key) for key in kept if key in unused}
+    dropped += map(str, unused)
+    _refuse_integers(path, predictor, *(encoder.head for encoder in encoders.values()), {"queue": queue})
     return Contents(
         "this library" if own is not None else layout.name, method, arch, facts, head_path, encoders,
         queue, queue_ptr, predictor, training, tuple(dropped),
@@ -183,8 +189,10 @@ def _layout(path: str | os.PathLike[str], names: Mapping[str, Tensor], own: Any,
     for prefix in ENCODERS if own is not None else ():
         if (layout := Layout("this library", prefix + ".")).fits(names):
             return layout
-    refuse_classifier(path, [name.removeprefix("backbone.") for name in names], EXPECTED)
-    if recognised(names) or (arch is not None and names.keys() & _bare_names(arch, names)):
+    bare = set() if arch is None else _bare_names(arch, names)
+    expected = EXPECTED if bare else f"{EXPECTED}; or --arch, for a backbone with weights under such names"
+    refuse_classifier(path, [name.removeprefix("backbone.") for name in names], expected, bare)
+    if recognised(names) or names.keys() & bare:
         return Layout("a backbone alone", "")
     raise CheckpointError(
         f"{path} has no layout that is known here: expected {EXPECTED}, got {len(names)} tensors, "
@@ -225,17 +233,30 @@ def _by_layer(head: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"0.{n}": v for n, v in head.items()} if head.keys() <= {"weight", "bias"} else head
 
 
+def _refuse_integers(path: str | os.PathLike[str], *parts: Mapping[str, Tensor | None]) -> None:
+    for name, value in (item for part in parts for item in part.items()):
+        if value is None or value.is_floating_point() or name.endswith("num_batches_tracked"):
+            continue
+        raise CheckpointError(f"{path}: {name} is {value.dtype}, expected a floating-point dtype")
+
+
 def _take_queue(
-    rest: dict[str, Tensor], saved: Mapping[str, Any], head: Mapping[str, Tensor]
+    rest: dict[str, Tensor], unused: dict[str, Any], head: Mapping[str, Tensor], dropped: list[str]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Queue (dim, K) and pointer; lightly calls them bank, and has it (K, dim)."""
+    """Queue (dim, K) and pointer; lightly calls them bank, (K, dim), in early versions (dim, K)."""
     if "queue" in rest:
         return rest.pop("queue"), rest.pop("queue_ptr", None)
-    bank = dict(saved.get("memory_bank") or {})  # where we write it, as lightly saves none
-    for prefix in ("criterion.memory_bank.", "criterion."):  # where its early versions did
+    bank: dict[str, Any] = {}
+    for prefix in ("criterion.memory_bank.", "criterion."):  # where lightly's early versions had it
         bank |= {name: rest.pop(prefix + name) for name in ("bank", "bank_ptr") if prefix + name in rest}
+    early = "bank" in bank
+    if not early and isinstance(unused.get("memory_bank"), dict):
+        bank = unused.pop("memory_bank")  # where we write it, (K, dim), as lightly saves none
     rows = bank.get("bank")
-    if rows is None or rows.ndim != 2:
+    if not isinstance(rows, Tensor) or not rows.numel():
         return None, None
     dim = next((value.shape[0] for value in reversed(list(head.values())) if value.ndim == 2), None)
-    return (rows if rows.shape[0] == dim != rows.shape[1] else rows.t()), bank.get("bank_ptr")
+    if rows.ndim != 2 or (early and rows.shape[0] == rows.shape[1] == dim):
+        dropped.append(f"a bank of {tuple(rows.shape)}, which does not tell dim from K")
+        return None, None
+    return (rows if early and rows.shape[0] == dim else rows.t()), bank.get("bank_ptr")

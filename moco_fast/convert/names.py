@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from moco_fast.models.backbones import CIFAR_RESNET, backbone
-from moco_fast.train.checkpoint import mismatches
 
 CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 RESNETS = (
@@ -34,7 +33,7 @@ def recognised(weights: Mapping[str, Tensor]) -> str | None:
         channels = first.shape[1] if arch == CIFAR_RESNET else 3
         with torch.device("meta"):
             wanted = backbone(arch, width=16, in_channels=channels)(num_classes=1).state_dict()
-        if not mismatches(_without_head(weights), _without_head(wanted)):
+        if _shapes(weights) == _shapes(wanted):
             return arch
     return None
 
@@ -65,5 +64,5 @@ def _renamed(name: str, children: Mapping[str, str]) -> str:
     return children[child] + dot + rest
 
 
-def _without_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in weights.items() if not name.startswith("fc.")}
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items() if not name.startswith("fc.")}

@@ -12,6 +12,7 @@ from moco_fast.convert import targets
 from moco_fast.convert.layouts import read_contents
 from moco_fast.convert.verify import verify
 from moco_fast.files import whole
+from moco_fast.train.checkpoint import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Report:
         tensors: how many.
         bytes: of the tensors.
         left_out: what the target does not hold.
+        lacks: what ``main_moco.py --resume`` loads and an official file made of this one does not hold.
         verified: how the file was compared with its source, and what came out.
     """
 
@@ -36,6 +38,7 @@ class Report:
     tensors: int
     bytes: int
     left_out: tuple[str, ...]
+    lacks: tuple[str, ...]
     verified: str
 
 
@@ -61,9 +64,9 @@ def convert(
         encoder: the trained encoder, "q", or its moving average, "k"; default: "q" for a backbone, both for
             "official", "lightly" and "safetensors".
         arch: name of the backbone; default: what the file says.
-        queue_size: K of a fresh queue in place of that of the file.
+        queue_size: K of a fresh queue in place of that of the file, for a target that holds one.
         trust: run the code that the file names, if it needs more than tensors.
-        force: replace ``out`` if it exists.
+        force: replace ``out`` if it exists; of a link, what it points to.
 
     Raises:
         FileNotFoundError: no ``source``.
@@ -78,26 +81,33 @@ def convert(
     out = Path(out)
     if out.is_dir():
         raise FileExistsError(f"out must be a file, {out} is a folder")
-    if out.exists() and not force:
+    if (out.exists() or out.is_symlink()) and not force:
         raise FileExistsError(f"{out} exists: choose another name, or --force True to replace it")
     if to in targets.WHOLE and encoder is not None:
         raise ValueError(f"encoder must be left out with {to}, which holds both, got {encoder!r}")
     if to in targets.BACKBONES:
         encoder = encoder or "q"
+    if queue_size is not None and encoder is not None:
+        raise ValueError(
+            f"queue_size must be left out with {to} of one encoder, which holds no queue, got {queue_size}"
+        )
     contents = read_contents(source, arch=arch, trust=trust)
     if queue_size is not None:
         contents = contents.with_fresh_queue(queue_size)
     held = targets.content(contents, to, encoder)
-    with whole(out) as aside:
+    with whole(Path(os.path.realpath(out))) as aside:  # what a link points to is replaced, not the link
         try:
             targets.write(aside, held, contents, to, encoder)
         except ImportError:
             raise
         except Exception as error:  # for a full disk torch and safetensors raise errors of their own
             raise OSError(f"{out} could not be written: {str(error).splitlines()[0]}") from error
-        verified = verify(aside, contents, to, encoder)
+        try:
+            verified = verify(aside, contents, to, encoder)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(aside), str(out))) from error
     tensors = targets.tensors_in(held)
     return Report(
         out, contents.layout, contents.arch, encoder, len(tensors), sum(value.nbytes for value in tensors),
-        tuple(targets.left_out(contents, to, encoder)), verified,
+        tuple(targets.left_out(contents, to, encoder)), tuple(targets.lacking(contents, to)), verified,
     )  # fmt: skip

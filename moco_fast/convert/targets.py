@@ -88,7 +88,10 @@ def detectron2(contents: Contents, encoder: Encoder) -> dict[str, Any]:
     """What detectron2 loads as a pretrained backbone, as MoCo's own converter writes it."""
     if contents.arch not in RESNETS:
         raise CheckpointError(f"detectron2's backbones are torchvision's ResNets, got arch {contents.arch!r}")
-    model = {detectron2_name(name): value.numpy() for name, value in encoder.backbone.items()}
+    model = {
+        detectron2_name(name): (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        for name, value in encoder.backbone.items()  # numpy has no bfloat16
+    }
     return {"model": model, "__author__": "MOCO", "matching_heuristics": True}
 
 
@@ -140,13 +143,21 @@ def left_out(contents: Contents, to: str, role: str | None) -> list[str]:
     """What of the contents the target does not hold."""
     parts = list(contents.dropped)
     if to != "official":
-        parts += [key for key in contents.training if key != "epoch"]
+        parts += [key for key in contents.training if key != "epoch" or to in BACKBONES]
     if role is not None:
         held = {"projector": contents.encoders[role].head, "predictor": contents.predictor}
         parts += [name for name, part in held.items() if part]
         parts += [f"encoder {other}" for other in contents.encoders if other != role]
         parts += ["queue"] if contents.queue is not None else []
     return parts
+
+
+def lacking(contents: Contents, to: str) -> list[str]:
+    """What ``main_moco.py --resume`` loads and an official file of these contents does not hold."""
+    if to != "official":
+        return []
+    loaded = ("optimizer", "scaler") if contents.method == MOCO_V3 else ("optimizer",)
+    return [key for key in loaded if key not in contents.training]
 
 
 def tensors_in(held: Mapping[str, Any]) -> list[Tensor]:

@@ -51,14 +51,14 @@ def verify(path: Path, contents: Contents, to: str, role: str | None) -> str:
         library = to if importlib.util.find_spec(to) else None
         if library is None:
             return f"not verified: {to} is not installed"
-        return _compared(LOADERS[to](path, contents), contents, role or "q", f"loaded in {to}")
+        return _compared(path, LOADERS[to](path, contents), contents, role or "q", f"loaded in {to}")
     if to == "detectron2":
         with open(path, "rb") as file:
             model = pickle.load(file)["model"]  # written a moment ago
         names = contents.encoders["q"].backbone
         back = {name: torch.as_tensor(model[detectron2_name(name)]) for name in names}
         network = _ours(contents, Encoder(back, {}))
-        return _compared(network, contents, role or "q", "names taken back, not loaded in detectron2")
+        return _compared(path, network, contents, role or "q", "names taken back, not loaded in detectron2")
     again = read_contents(path, arch=contents.arch)
     if role is not None:
         same = _equal(again.encoders["q"].backbone, contents.encoders[role].backbone)
@@ -82,11 +82,15 @@ def images(contents: Contents) -> Tensor:
     return F.interpolate((pixels - mean) / std, size=facts["image_size"], mode="bilinear")
 
 
-def _compared(network: nn.Module, contents: Contents, role: str, how: str) -> str:
+def _compared(path: Path, network: nn.Module, contents: Contents, role: str, how: str) -> str:
     shown = images(contents)
     with torch.no_grad():
         want = _ours(contents, contents.encoders[role])(shown)
         got = network.eval()(shown).flatten(1)
+    if not want.isfinite().all():
+        raise CheckpointError(
+            f"the weights or statistics of encoder {role} are not finite: {path} cannot be verified"
+        )
     difference = ((got - want).abs().max() / want.abs().max()).item()
     if not difference <= TOLERANCE:
         raise CheckpointError(f"features of the written file differ by {difference:.1e} ({how})")
@@ -118,9 +122,14 @@ LOADERS: dict[str, Callable[[Path, Contents], nn.Module]] = {"torchvision": _in_
 
 def _equal(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
     if isinstance(a, Encoder) and isinstance(b, Encoder):
         return _equal(a.backbone, b.backbone) and _equal(a.head, b.head)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
     return a == b
+
+
+def _bits(value: Tensor) -> Tensor:
+    """Bytes, in which NaN equals itself."""
+    return value.contiguous().flatten().view(torch.uint8)

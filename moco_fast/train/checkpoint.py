@@ -123,7 +123,9 @@ def tensors(path: str | os.PathLike[str], state: Any) -> dict[str, Tensor]:
     Raises:
         CheckpointError: not a mapping from names to tensors, or two tensors of one name.
     """
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{path} must hold tensors by name under state_dict")
     plain = {plain_name(name): value for name, value in state.items()}
     if len(plain) < len(state):
@@ -197,7 +199,7 @@ def load_model(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """What keeps ``state`` from being loaded in place of ``wanted``: the first names and shapes that differ.
 
-    Empty if nothing does.
+    So do weights that are integers. Empty if nothing does.
     """
     problems = [f"missing {name}" for name in wanted if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in wanted]
@@ -205,6 +207,11 @@ def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str
         f"{name} is {tuple(state[name].shape)}, expected {tuple(value.shape)}"
         for name, value in wanted.items()
         if name in state and state[name].shape != value.shape
+    ]
+    problems += [
+        f"{name} is {state[name].dtype}, expected a floating-point dtype"
+        for name, value in wanted.items()
+        if name in state and value.is_floating_point() and not state[name].is_floating_point()
     ]
     return shortened(problems, "; ")
 

@@ -138,15 +138,18 @@ def dataset_for(pretrained: Pretrained, data: str | None, log: Log) -> Dataset:
     return dataset
 
 
-def refuse_classifier(path: str | os.PathLike[str], names: Collection[str], expected: str) -> None:
+def refuse_classifier(
+    path: str | os.PathLike[str], names: Collection[str], expected: str, backbone: Collection[str] = ()
+) -> None:
     """Raise CheckpointError if the names are those of a whole classifier, with its head.
 
     Args:
         path: for the message.
         names: of a state dict.
         expected: names of a pretrained checkpoint.
+        backbone: names that are no head's, though they may begin like one, as "classifier.0" of a MobileNet.
     """
-    if any(name.split(".")[0] in HEAD_NAMES for name in names):
+    if any(name.split(".")[0] in HEAD_NAMES and name not in backbone for name in names):
         raise CheckpointError(
             f"{path} holds a classifier (names such as {shortened(names)}), as a linear probe or supervised "
             f"training leaves it: give the pretrained checkpoint, with names {expected}"
