@@ -1,5 +1,6 @@
 """Run a function on several processes that form a gloo group, and collect what it returns."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -8,6 +9,7 @@ import traceback
 from datetime import timedelta
 
 SECONDS = 120  # after which a test has hung
+ATTEMPTS = 3  # at making a group: on a busy machine gloo may find a connection closed before anything has run
 
 # Forked from a server that has imported torch and started no thread: a rank is there at once.
 _context = multiprocessing.get_context("forkserver")
@@ -20,8 +22,19 @@ class RankFailed(AssertionError):
     """A rank raised; holds all ranks' tracebacks."""
 
 
+class NoGroup(AssertionError):
+    """A rank ended before there was a group."""
+
+
 def run(world, function, *arguments, folder, seconds=SECONDS):
     """``[function(rank, *arguments) for every rank]``, each in its process; picklable functions only."""
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(NoGroup):
+            return _run(world, function, arguments, folder, seconds)
+    return _run(world, function, arguments, folder, seconds)
+
+
+def _run(world, function, arguments, folder, seconds):
     folder = folder / f"{function.__name__}-{world}-{time.monotonic_ns()}"
     folder.mkdir()
     processes = [
@@ -31,12 +44,17 @@ def run(world, function, *arguments, folder, seconds=SECONDS):
     for process in processes:
         process.start()
     deadline = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+    grouped = True
+    while grouped and any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        ended = [rank for rank, process in enumerate(processes) if not process.is_alive()]
+        grouped = all((folder / f"joined-{rank}").exists() for rank in ended)
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
         process.join()
+    if not grouped:
+        raise NoGroup(f"a rank of {world} ended before there was a group")
     assert not hung, f"ranks {hung} of {world} had not ended after {seconds} s"
     results = []
     for rank in range(world):
@@ -58,6 +76,7 @@ def _rank(rank, world, folder, function, arguments):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
         timeout=timedelta(seconds=SECONDS),
     )  # fmt: skip
+    open(f"{folder}/joined-{rank}", "x").close()
     try:
         result = function(rank, *arguments), None
     except Exception:

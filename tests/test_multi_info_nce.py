@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moco_fast
+from moco_fast import native
 
 OP = "info_nce"
 
@@ -92,7 +93,7 @@ def test_easy_examples_keep_their_digits_beside_labels():
 
 def test_no_tensor_of_n_by_k():
     """On the native backend, whose kernels hold no logits."""
-    if moco_fast.checks.native.unavailable():
+    if native.unavailable():
         pytest.skip("native kernels are not built")
     q, k, queue, labels = inputs(n=64, p=2, K=512, c=16)
     q.requires_grad_()
