@@ -31,9 +31,10 @@ def operand(
     problems, rows, features = x.shape
     padded, width = -(-rows // padding) * padding, -(-features // 8) * 8  # TMA: rows of 16 bytes
     dtype, split = operand_dtype(precision), precision == "highest"
-    as_they_are = x.dtype == dtype and (padded, width) == (rows, features) and x.data_ptr() % 16 == 0  # TMA
-    if as_they_are and not unit and not split:
-        return Operand(x.view(-1, width), x.view(-1, width))
+    aligned = (padded, width) == (rows, features) and x.data_ptr() % 16 == 0  # TMA: from a multiple of 16
+    if aligned and x.dtype == dtype and not unit and not split:
+        flat = x.view(-1, width)
+        return Operand(flat, flat)
     high = torch.empty((problems * padded, width), dtype=dtype, device=x.device)
     low = torch.empty_like(high) if split else high
     block_c = padded_features(features)

@@ -34,7 +34,9 @@ def test_backbones_load_as_the_documentation_says(tmp_path, v2, to):
     """Strictly, and with the features of the model they come from."""
     convert(v2, tmp_path / "b.pth", to)
     if to == "timm":
-        network = pytest.importorskip("timm").create_model("resnet18", num_classes=0)
+        network = pytest.importorskip(
+            "timm", reason="timm is not installed: nothing to load the export in"
+        ).create_model("resnet18", num_classes=0)
     else:
         network = models.resnet18()
         network.fc = nn.Identity()
@@ -50,7 +52,7 @@ def test_backbones_load_as_the_documentation_says(tmp_path, v2, to):
 
 def test_vision_transformers_in_timm(tmp_path):
     """With the 12 heads of MoCo's ViT-S, which timm's has not."""
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="timm is not installed: nothing to load the export in")
     network = MoCo_ViT(vits.vit_small, DIM, 24)
     state = {"module." + name: value for name, value in network.state_dict().items()}
     torch.save({"epoch": 1, "arch": "vit_small", "state_dict": state, "optimizer": {}}, tmp_path / "v.pth")
@@ -123,7 +125,9 @@ def test_names_of_deep_resnets(arch, blocks):
 
 def test_lightly_loads_its_target(tmp_path, v2):
     """Into the module of its MoCo example, strictly; the bank beside it."""
-    modules = pytest.importorskip("lightly.models.modules")
+    modules = pytest.importorskip(
+        "lightly.models.modules", reason="lightly is not installed: nothing to compare with"
+    )
     from lightly.loss import NTXentLoss
 
     convert(v2, tmp_path / "l.ckpt", "lightly")
