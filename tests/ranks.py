@@ -1,6 +1,5 @@
 """Run a function on several processes that form a gloo group, and collect what it returns."""
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -9,7 +8,6 @@ import traceback
 from datetime import timedelta
 
 SECONDS = 120  # after which a test has hung
-ATTEMPTS = 3  # at making a group: on a busy machine gloo may find a connection closed before anything has run
 
 # Forked from a server that has imported torch and started no thread: a rank is there at once.
 _context = multiprocessing.get_context("forkserver")
@@ -22,19 +20,8 @@ class RankFailed(AssertionError):
     """A rank raised; holds all ranks' tracebacks."""
 
 
-class NoGroup(AssertionError):
-    """A rank ended before there was a group."""
-
-
 def run(world, function, *arguments, folder, seconds=SECONDS):
     """``[function(rank, *arguments) for every rank]``, each in its process; picklable functions only."""
-    for _ in range(ATTEMPTS - 1):
-        with contextlib.suppress(NoGroup):
-            return _run(world, function, arguments, folder, seconds)
-    return _run(world, function, arguments, folder, seconds)
-
-
-def _run(world, function, arguments, folder, seconds):
     folder = folder / f"{function.__name__}-{world}-{time.monotonic_ns()}"
     folder.mkdir()
     processes = [
@@ -44,26 +31,20 @@ def _run(world, function, arguments, folder, seconds):
     for process in processes:
         process.start()
     deadline = time.monotonic() + seconds
-    grouped = True
-    while grouped and any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.02)
-        ended = [rank for rank, process in enumerate(processes) if not process.is_alive()]
-        grouped = all((folder / f"joined-{rank}").exists() for rank in ended)
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
         process.join()
-    if not grouped:
-        raise NoGroup(f"a rank of {world} ended before there was a group")
+    files = {rank: folder / str(rank) for rank in range(world)}
+    results = {rank: pickle.loads(file.read_bytes()) for rank, file in files.items() if file.exists()}
+    if failed := [f"rank {rank}: {error}" for rank, (_, error) in results.items() if error]:
+        raise RankFailed("\n".join(failed))  # also what others hang for
     assert not hung, f"ranks {hung} of {world} had not ended after {seconds} s"
-    results = []
-    for rank in range(world):
-        file = folder / str(rank)
-        assert file.exists(), f"rank {rank} ended with exit code {processes[rank].exitcode}"
-        results.append(pickle.loads(file.read_bytes()))
-    if failed := [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]:
-        raise RankFailed("\n".join(failed))
-    return [value for value, _ in results]
+    for rank, process in enumerate(processes):
+        assert rank in results, f"rank {rank} ended with exit code {process.exitcode}"
+    return [value for value, _ in results.values()]
 
 
 def _rank(rank, world, folder, function, arguments):
@@ -72,11 +53,11 @@ def _rank(rank, world, folder, function, arguments):
 
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"  # no rank leaves a group that another is still connecting to
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
         timeout=timedelta(seconds=SECONDS),
     )  # fmt: skip
-    open(f"{folder}/joined-{rank}", "x").close()
     try:
         result = function(rank, *arguments), None
     except Exception:

@@ -77,6 +77,7 @@ def joined(device: str) -> Iterator[None]:
         "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=size, timeout=distributed.PATIENCE
     )
     try:
+        distributed.largest(0)  # nobody leaves, be it for an error, while others still connect
         yield
         distributed.largest(0)  # nobody leaves before all have come here
     except Exception as error:
