@@ -22,7 +22,7 @@ def leave(rank):
 
 
 def test_an_error_is_told_though_others_wait_for_the_rank(tmp_path):
-    with pytest.raises(ranks.RankFailed, match="rank 1: (?s:.*)ValueError: this one"):
+    with pytest.raises(ranks.RankFailed, match=r"rank 1: (?s:.*)ValueError: this one"):
         ranks.run(2, fail_alone, folder=tmp_path, seconds=10)
 
 
