@@ -13,16 +13,13 @@ from bench.case import WrongResult
 from bench.collect import collect
 from bench.plot import plot
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmarks; a wrong result or a README without markers ends them with a message."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to measure")
     parser.add_argument("--sweep", action="store_true", help="info_nce over N, K, C and T instead")
-    parser.add_argument("--quick", action="store_true", help="smoke run with tiny sizes")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    report.add_options(parser)
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="where to replace the table between the markers"
     )
@@ -43,15 +40,15 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError, WrongResult) as error:
         raise SystemExit(f"python -m bench: {error}") from error
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = report.folder(options)
     if options.sweep:
-        base = options.out / f"{figures['device']['name']}-sweep"
+        base = out / f"{figures['device']['name']}-sweep"
         sweep.plot(base.with_suffix(".png"), figures)
     else:
         console.print(report.headline(figures), highlight=False)
         for table in report.tables(figures):
             console.print(table)
-        base = options.out / figures["device"]["name"]
+        base = out / figures["device"]["name"]
         plot(base.with_suffix(".png"), figures)
     for note in figures["notes"]:
         console.print(f"- {note}", highlight=False)

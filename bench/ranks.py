@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moco_fast
 from bench import counting_group, device, measure, ranks_plot, report
-from bench.__main__ import RESULTS
 from bench.eager_moco import EagerDistributedMoCo
 from moco_fast import distributed
 from moco_fast.models.backbones import SMALL_RESNET, backbone
@@ -138,8 +137,7 @@ def table(results: dict[int, list[dict]]) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, write the JSON and the picture."""
     parser = argparse.ArgumentParser(prog="python -m bench.ranks", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="smoke run: two processes, a small queue")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    report.add_options(parser)
     parser.add_argument("--doc", type=Path, help="document whose table is replaced")
     options = parser.parse_args(arguments)
     if options.doc:
@@ -163,8 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(table(results))
     if options.doc:
         report.write_section(options.doc, f"\n{note}\n\n{report.markdown_table(table(results))}\n", "ranks")
-    options.out.mkdir(parents=True, exist_ok=True)
-    base = options.out / f"{about['name']}-ranks"
+    base = report.folder(options) / f"{about['name']}-ranks"
     figures = {
         "device": about,
         "quick": options.quick,

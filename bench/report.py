@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+SMOKE = Path(__file__).parents[1] / "build" / "bench"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """``--quick`` and ``--out``, where :func:`folder` puts results."""
+    parser.add_argument("--quick", action="store_true", help="smoke run with tiny sizes")
+    help = "where the results go; default: bench/results, of a smoke run build/bench"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=help)
+
+
+def folder(options: Namespace) -> Path:
+    """Where results go; made if it is not there. A smoke run leaves the measured ones alone."""
+    out = options.out or (SMOKE if options.quick else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def headline(report: dict) -> str:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich import box
@@ -31,7 +30,6 @@ from torch.nn import functional as F
 
 import moco_fast
 from bench import cuda, device, measure, memory, report, stages, step_plot
-from bench.__main__ import RESULTS
 from bench.case import OURS, WrongResult
 from bench.eager_moco import EagerMoCo
 from moco_fast.models.backbones import SMALL_RESNET, backbone
@@ -206,8 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables, write the JSON and the picture."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to measure")
-    parser.add_argument("--quick", action="store_true", help="smoke run with tiny sizes")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go")
+    report.add_options(parser)
     options = parser.parse_args(arguments)
     console = Console()
     if not console.is_terminal:
@@ -229,8 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"{about['processor']}; torch {about['torch']}; stages in ms", highlight=False)
     for result in results:
         console.print(table(result))
-    options.out.mkdir(parents=True, exist_ok=True)
-    base = options.out / f"{about['name']}-step"
+    base = report.folder(options) / f"{about['name']}-step"
     figures = {"device": about, "quick": options.quick, "configs": results}
     report.write_json(base.with_suffix(".json"), figures)
     step_plot.plot(base.with_suffix(".png"), figures)

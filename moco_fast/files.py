@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, renamed to it when all is written; makes the folder."""
+    """A path beside ``path`` to write to, renamed to it when all is written; makes the folder too."""
+    made = [folder for folder in path.parents if not folder.exists()]  # innermost first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -20,8 +21,12 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield aside
         os.replace(aside, path)
-    finally:
+    except BaseException:
         aside.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # someone else writes there
+                folder.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

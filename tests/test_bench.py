@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from bench import __main__, info_nce_peers, memory, sweep  # noqa: E402
+from bench import __main__, info_nce_peers, memory, report, sweep  # noqa: E402
 from bench.case import OFFICIAL, OURS  # noqa: E402
 from bench.measure import LEAST_ROUNDS  # noqa: E402
 from bench.ops import OPS  # noqa: E402
@@ -83,6 +84,11 @@ def test_readme_without_markers_is_refused_before_measuring(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match=r"readme must hold <!-- bench:begin --> and.*README.md does not"):
         __main__.main(["--quick", "--out", str(tmp_path), "--readme", str(path)])
     assert path.read_text() == text
+
+
+def test_smoke_runs_leave_measured_results_alone():
+    assert report.folder(Namespace(out=None, quick=True)) != report.RESULTS
+    assert report.folder(Namespace(out=None, quick=False)) == report.RESULTS
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -51,6 +51,11 @@ def random_states(folder):
     torch.cuda.set_rng_state_all(states)
     torch.cuda.set_rng_state(torch.zeros(16, dtype=torch.uint8))  # as long as a GPU's
     assert torch.equal(torch.rand(3, device="cuda"), want)
+    torch.cuda.set_rng_state(state)
+    for options in ({}, {"devices": [0, 1]}):
+        with torch.random.fork_rng(**options):
+            torch.rand(7, device="cuda")
+    assert torch.equal(torch.rand(3, device="cuda"), want)
 
 
 def files(folder):

@@ -58,6 +58,7 @@ def use_cpu(devices: int = 1) -> None:
     _with_options(dist, "new_group", **gloo)
     _with_options(dist, "barrier", device_ids=None)
     _with_options(DistributedDataParallel, "__init__", device_ids=None, output_device=None)
+    _with_options(torch.random, "fork_rng", devices=())  # forks the CPU's, which is that of all
     _with_options(DataLoader, "__init__", pin_memory=False)  # by a thread, which has no mode
     _convert_batch_norms()
 
