@@ -8,7 +8,7 @@ Environment:
     MOCO_FAST_NO_NATIVE=1    do not build ``_C``
     MOCO_FAST_NO_CUDA=1      do not look for nvcc
     CXX, CXXFLAGS, LDFLAGS   compiler and extra flags
-    CUDA_HOME                where nvcc is, before PATH is searched
+    CUDA_HOME                where nvcc is, before PATH and /usr/local/cuda are searched
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ SOURCE_FLAGS = {
     "sgd_cpu.cpp": OPTIMIZER_FLAGS,
     "adamw_cpu.cpp": OPTIMIZER_FLAGS,
 }
+USUAL_CUDA = "/usr/local/cuda/bin"
+# Code for Ampere and Hopper, and PTX, which every later GPU compiles for itself.
+NVCC_TARGETS = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+]
 
 
 class BuildError(Exception):
@@ -101,17 +107,10 @@ def find_nvcc() -> str:
         raise BuildError("MOCO_FAST_NO_CUDA is set")
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
-    nvcc = nvcc or shutil.which("nvcc")
+    nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path=USUAL_CUDA)
     if not nvcc:
-        raise BuildError("no nvcc in CUDA_HOME or PATH")
+        raise BuildError(f"no nvcc in CUDA_HOME, PATH or {USUAL_CUDA}")
     return nvcc
-
-
-def nvcc_targets(nvcc: str) -> list[str]:
-    """Code for Ampere and Hopper, and PTX of the newest architecture nvcc knows for what comes later."""
-    newest = run([nvcc, "--list-gpu-arch"]).split()[-1]
-    real = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in ("80", "90")]
-    return [*real, f"-gencode=arch={newest},code={newest}"]
 
 
 def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) -> None:
@@ -135,8 +134,9 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
             deps="gcc",
         )
         if nvcc:
-            host = ["-ccbin", tools.cxx[0]]
-            device = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *nvcc_targets(nvcc)]
+            # Of "ccache g++ -m64" the compiler.
+            host = ["-ccbin", next(word for word in reversed(tools.cxx) if not word.startswith("-"))]
+            device = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *NVCC_TARGETS]
             ninja.rule(
                 "nvcc",
                 f"{shlex.join([nvcc, *host, *device])} -MD -MF $out.d -c $in -o $out",

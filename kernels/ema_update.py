@@ -78,6 +78,9 @@ def _ema_update(
         _chunk(state, source, copy, at, at < length, keep, take, ARITHMETIC, HAS_COPY)
 
 
+_captured: list[Tensor] = []  # a graph reads its table for as long as it lives, which nobody tells
+
+
 @lru_cache(maxsize=TABLES)
 def _table(
     addresses: tuple[tuple[int, int, int, int], ...],  # state, source, copy, elements of each tensor
@@ -149,6 +152,8 @@ def _launch(
     table = _table(addresses, tuple(dtype.itemsize for dtype in dtypes), block, device)  # type: ignore[arg-type]
     if len(table) == 0:
         return
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
     if dtypes[0] == torch.float64:
         m = m.to(device)  # as an argument of a kernel a number has fp32
     on_device = m.device == device and (device.type == "cuda" or dtypes[0] == torch.float64)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,27 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         kind = tensor.device.type
         if kind == "cuda" and op in MULTI_TENSOR:
-            if not _C.has_cuda or torch.version.cuda is None:
-                return f"it was built without CUDA, the tensors are on {tensor.device}"
+            if reason := _gpu_lacks(tensor.device):
+                return reason
         elif kind != "cpu":
             return f"it runs on the CPU, the tensors are on {tensor.device}"
         if op in ROWS:
             continue
         if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and op not in MULTI_TENSOR):
             return f"it has no {tensor.dtype} kernel"
+    return None
+
+
+@cache
+def _gpu_lacks(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU, or None if they can."""
+    if not _C.has_cuda or torch.version.cuda is None:
+        return f"it was built without CUDA, the tensors are on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"its CUDA kernels want compute capability 8.0, {device} has {major}.{minor}"
+    if not _C.cuda_devices():
+        return "its CUDA runtime finds no GPU: the driver is older than the toolkit it was built with"
     return None
 
 
@@ -174,6 +188,8 @@ def ema_update_(
 ) -> None:
     """See :func:`moco_fast.reference.ema_update_`."""
     device = targets[0].device
+    if m.is_cuda and device.type != "cuda":
+        m = m.cpu()
     if m.is_cuda and m.dtype not in (torch.float32, torch.float64):
         m = m.double()
     roles = [list(targets), list(sources), *([list(masters)] if masters else [])]

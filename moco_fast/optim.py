@@ -11,7 +11,8 @@ per parameter group.
 
 Without ``ema`` they are plain optimizers. Arguments and state dicts are those of
 ``torch.optim``, whose checkpoints they load and which loads theirs. Of parameters
-sharded by FSDP2 a rank updates its shards.
+sharded by FSDP2 a rank updates its shards. Under ``torch.compile`` a step breaks the
+graph and runs as it is; a CUDA graph can hold every step but the first.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class _EMAOptimizer(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: a sparse gradient.
+            RuntimeError: a sparse gradient; a first step while a CUDA graph is captured.
             TypeError, ValueError: an option, or ``m``, out of range, named. Nothing was changed then.
         """
         loss = None
@@ -315,11 +316,13 @@ class AdamW(_EMAOptimizer):
         states = [self.state[param] for param in params]
         for param, state in zip(params, states, strict=True):
             if not state:
+                _refuse_capture(param)
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            elif state["step"].device != param.device:  # of a checkpoint of torch.optim
-                state["step"] = state["step"].to(param.device, torch.float32)
+            elif not (isinstance(state["step"], Tensor) and state["step"].device == param.device):
+                # of a checkpoint of torch.optim, an old one if it is a number
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
         steps, averages, squares = (
             [state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")
         )
@@ -361,6 +364,7 @@ def _sgd_step(
         )  # fmt: skip
         if first:
             for i in rows:
+                _refuse_capture(params[i])
                 states[i][buffer_name] = torch.empty_like(params[i], memory_format=torch.preserve_format)
         buffers = local_shards(states[i][buffer_name] for i in rows)
         chosen, with_grads = local_shards(chosen), local_shards(with_grads)
@@ -368,4 +372,12 @@ def _sgd_step(
         torch.autograd.graph.increment_version(buffers)
         backends.choose("sgd_", chosen[:1]).sgd_(
             chosen, with_grads, buffers, with_keys, lr, optimizer.m, numbers._replace(first=first)
+        )
+
+
+def _refuse_capture(param: Tensor) -> None:
+    """Raise where a first step would become part of a CUDA graph, and every replay a first step."""
+    if param.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first step makes the optimizer's state: take it before capturing a CUDA graph"
         )

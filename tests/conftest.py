@@ -18,6 +18,10 @@ from moco_fast.kernels import backend as triton
 
 sys.path.append(str(Path(__file__).parent.parent))  # bench/ belongs to the checkout and is not installed
 
+# Sums in one order and fp32 products, so that trajectories can be compared.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
+
 # A shell has it ignored in what it starts in the background; tests send it to runs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -145,7 +145,10 @@ def test_graph_replays_what_eager_does(backend, with_masters):
     masters = [t.float() for t in targets] if with_masters else None
     m = torch.tensor(0.9, device="cuda", dtype=torch.float64)
     graph = torch.cuda.CUDAGraph()
-    moco_fast.ema_update_(*pairs(dtype, device="cuda"), m)  # outside the graph: modules load on first use
+    one = torch.ones((), device="cuda", dtype=torch.float64)
+    moco_fast.ema_update_(
+        targets, sources, one, masters=masters
+    )  # outside the graph: modules load on first use
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         moco_fast.ema_update_(targets, sources, m, masters=masters)
@@ -190,8 +193,8 @@ def test_autograd_notices_the_write(backend):
         y.backward()
 
 
-def test_opcheck_and_compile(backend):
-    targets, sources = pairs()
+def test_opcheck_and_compile(backend, device):
+    targets, sources = pairs(device=device)
     torch.library.opcheck(_ema_update_, (targets, sources, torch.tensor(0.9, dtype=torch.float64), []))
     masters = [t.float() for t in targets]
     torch.library.opcheck(_ema_update_, (targets, sources, torch.tensor(0.9), masters))
@@ -286,7 +289,25 @@ def test_what_the_native_backend_serves(monkeypatch):
     class OnGpu:
         device, dtype = torch.device("cuda", 0), torch.float32
 
+    class Built:
+        has_cuda, found = True, [("Some GPU", "9.0")]
+
+        @classmethod
+        def cuda_devices(cls):
+            return cls.found
+
+    def reason(capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        native._gpu_lacks.cache_clear()
+        return native.cannot_serve("ema_update_", [OnGpu()])
+
     monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
-    reason = native.cannot_serve("ema_update_", [OnGpu()])
-    assert (reason is None) == native._C.has_cuda
+    monkeypatch.setattr(native, "_C", Built)
+    assert reason() is None and reason((12, 0)) is None
+    assert "want compute capability 8.0, cuda:0 has 7.5" in reason((7, 5))
     assert "runs on the CPU" in native.cannot_serve("info_nce", [OnGpu()])
+    Built.found = []
+    assert "the driver is older" in reason()
+    Built.has_cuda = False
+    assert "built without CUDA" in reason()
+    native._gpu_lacks.cache_clear()

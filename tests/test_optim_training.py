@@ -140,6 +140,19 @@ def test_groups_closures_and_copies(backend):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_a_step_count_that_is_a_number():
+    """As torch.optim saved it before it was a tensor."""
+    param = torch.ones(3, requires_grad=True)
+    optimizer, counted = AdamW([param]), AdamW([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = 1
+    counted.load_state_dict(state)
+    counted.step()
+    assert counted.state[param]["step"].equal(torch.tensor(2.0))
+
+
 def test_autograd_notices_the_write(backend):
     param, key = torch.ones(3, requires_grad=True), torch.zeros(3)
     y, z = (param * param).sum(), (torch.ones(3, requires_grad=True) * key).sum()
@@ -166,6 +179,13 @@ def test_graph_replays_what_eager_does(kind):
         sides.append((params, keys, lr, m, optimizer))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    first = make(kind, [torch.ones(3, device="cuda", requires_grad=True)])
+    give_gradients(first.param_groups[0]["params"], 0)
+    with (
+        pytest.raises(RuntimeError, match="before capturing a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        first.step()
     with torch.cuda.graph(graph):
         sides[0][4].step()
     for step in range(3):
