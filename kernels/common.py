@@ -25,7 +25,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Smallest temperature at which exp fits between -1/T and 1/T: fp16 spans 2^-24 to 2^16, bf16 fp32's range.
 FIXED_SHIFT_FROM = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.025}
 
-SCRATCH_BYTES = 8_000_000  # of partial sums, if one share of them takes less
+SCRATCH_BYTES = 16_800_000  # of partial sums, if one share of them takes less
 
 
 @cache
@@ -41,8 +41,9 @@ def has_tma(device: torch.device) -> bool:
     """Whether blocks are loaded through descriptors: by Hopper's copy engine, or the interpreter.
 
     Older GPUs get pointers: Triton turns a descriptor into loads of 2 bytes there, which products wait for.
+    So do those from 12.0 on, which have the engine, but Ampere's products and shared memory.
     """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cuda" or (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
 
 
 @triton.jit
@@ -127,13 +128,33 @@ def product(
     acc,  # (M, Y) fp32
     A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """``acc + (a + a_low) @ (b + b_low)`` without the product of the two low parts."""
-    acc = tl.dot(widened(a), widened(b), acc, input_precision="ieee")
+    """``acc + (a + a_low) @ (b + b_low)`` without the product of the two low parts.
+
+    The small products first: tensor cores truncate what they add, by up to an ulp of what is there already.
+    """
     if A_SPLIT:
         acc = tl.dot(widened(a_low), widened(b), acc, input_precision="ieee")
     if B_SPLIT:
         acc = tl.dot(widened(a), widened(b_low), acc, input_precision="ieee")
-    return acc
+    return tl.dot(widened(a), widened(b), acc, input_precision="ieee")
+
+
+@triton.jit
+def add_product(
+    acc,  # (M, Y) fp32
+    p,  # (M, X) fp32, rounded to the type of b
+    b, b_low,  # (X, Y)
+    P_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """``acc + p @ (b + b_low)``; of split operands summed apart and then added, where registers hold both.
+
+    Additions round, tensor cores truncate: over the tiles of a share that would add up.
+    """
+    high = p.to(b.dtype)
+    low = (p - high.to(tl.float32)).to(b.dtype) if P_SPLIT else high
+    APART: tl.constexpr = P_SPLIT and acc.shape[1] <= 128
+    total = product(high, low, b, b_low, tl.zeros_like(acc) if APART else acc, P_SPLIT, B_SPLIT)
+    return acc + total if APART else total
 
 
 @triton.jit
@@ -192,23 +213,33 @@ def row_blocks(
     ]
 
 
-def finishing_blocks(rows: int, block_c: int, device: torch.device) -> tuple[int, int]:
-    """Rows, and shares of them at a time, of a program that adds shares.
+def finishing_blocks(rows: int, block_c: int, device: torch.device) -> tuple[int, int, int]:
+    """Rows, shares of them at a time, and warps of a program that adds shares.
 
-    Few enough rows to fill the GPU and, at most 1024 values, not to spill.
+    Few enough rows to fill the GPU and, at most 1024 values, not to spill. Where there is less than a row for
+    every program that would run at a time, the time is that of one program: more loads at a time.
     """
-    enough = max(1, rows // (4 * multiprocessors(device)))
+    enough = rows // (4 * multiprocessors(device))
+    if enough == 0:
+        return 1, max(1, 16384 // block_c), 16
     block_r = min(1 << (enough.bit_length() - 1), max(1, 1024 // block_c))
-    return block_r, max(1, 4096 // (block_c * block_r))
+    return block_r, max(1, 4096 // (block_c * block_r)), 4
 
 
-def shares_of(rows: int, features: int, blocks: int, tiles: int, programs: int) -> int:
+def shares_of(
+    rows: int,
+    features: int,
+    blocks: int,
+    tiles: int,
+    programs: int,
+    scratch: int = SCRATCH_BYTES,
+) -> int:
     """How many programs divide the columns of a block of rows among them.
 
-    Enough to fill the GPU, within SCRATCH_BYTES of partial sums.
+    As many as run at a time, of which none waits for a second turn, within ``scratch`` bytes of partial sums.
     """
-    affordable = SCRATCH_BYTES // (4 * rows * features)
-    return max(1, min(triton.cdiv(programs, blocks), affordable, tiles))
+    affordable = scratch // (4 * rows * features)
+    return max(1, min(programs // blocks, affordable, tiles))
 
 
 def operand_dtype(precision: str) -> torch.dtype:

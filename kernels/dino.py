@@ -51,7 +51,7 @@ from moco_fast.kernels.operands import Operand, operand
 # is precision "highest". tests/test_aot.py: no wgmma waits for another, and only the widest prototypes spill,
 # of 512 features and split ones of 256, whatever the tiles. Not measured on a GPU yet.
 TILES = {
-    ("rows", 32): (128, 64, 8, 4, 2),
+    ("rows", 32): (64, 64, 4, 3, 3),
     ("rows", 64): (128, 64, 8, 3, 1),
     ("rows", 128): (128, 64, 8, 3, 1),
     ("rows", 256): (64, 64, 8, 2, 1),
@@ -61,10 +61,10 @@ TILES = {
     ("prototypes", 128): (128, 32, 8, 3, 1),
     ("prototypes", 256): (128, 32, 8, 2, 1),
     ("prototypes", 512): (64, 16, 8, 2, 1),
-    ("split rows", 32): (128, 64, 8, 3, 1),
+    ("split rows", 32): (64, 64, 4, 3, 3),
     ("split rows", 64): (128, 64, 8, 2, 1),
-    ("split rows", 128): (128, 64, 8, 2, 1),
-    ("split rows", 256): (64, 32, 4, 2, 1),
+    ("split rows", 128): (128, 32, 8, 3, 1),
+    ("split rows", 256): (64, 16, 4, 2, 1),
     ("split prototypes", 32): (128, 64, 8, 3, 1),
     ("split prototypes", 64): (128, 32, 8, 3, 1),
     ("split prototypes", 128): (128, 32, 8, 2, 1),
@@ -207,13 +207,14 @@ def dino(
     tops, shares_of_one = torch.empty((2, 2, n), device=student.device, dtype=torch.float32)
     ds = torch.empty((n if need_ds else 0, features), device=student.device, dtype=torch.float32)
     block_c, shares = padded_features(features), [len(part.totals) for part in (wanted, found)]
-    block_r, chunk = finishing_blocks(n, block_c, student.device)
+    block_r, chunk, finishing_warps = finishing_blocks(n, block_c, student.device)
     dino_kernels.finish[(triton.cdiv(n, block_r),)](
         student, *wanted, *found, loss, tops, shares_of_one, ds,
         n, features, 1 / student_temperature, 2.0 ** OFFSET[s.high.dtype],
         T_SHARES=shares[0], S_SHARES=shares[1],
         BLOCK_T=triton.next_power_of_2(shares[0]), BLOCK_S=triton.next_power_of_2(shares[1]),
-        BLOCK_R=block_r, CHUNK=chunk, BLOCK_C=block_c, GRADIENT=need_ds, enable_fp_fusion=True,
+        BLOCK_R=block_r, CHUNK=chunk, BLOCK_C=block_c, GRADIENT=need_ds, num_warps=finishing_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if not need_dw:
         return loss, ds, torch.empty((0, features), device=student.device, dtype=torch.float32)

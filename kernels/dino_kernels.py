@@ -7,6 +7,7 @@ import triton.language as tl
 
 from moco_fast.kernels.common import (
     LN2,
+    add_product,
     add_shares,
     exp2_scaled,
     load_rows,
@@ -69,9 +70,7 @@ def sweep(
         total = total * rescale + tl.sum(p, axis=1)
         if MEAN:
             acc *= rescale[:, None]
-            p_high = p.to(x.dtype)
-            p_low = (p - p_high.to(tl.float32)).to(x.dtype) if SPLIT else p_high
-            acc = product(p_high, p_low, w, w_low, acc, SPLIT, SPLIT)
+            acc = add_product(acc, p, w, w_low, SPLIT, SPLIT)
 
     row = start + tl.arange(0, BLOCK_M)
     at = share.to(tl.int64) * N + row
@@ -174,9 +173,7 @@ def prototypes(
         t_one = tl.load(shares_of_one + N + col, mask=col < N, other=0)
         miss = exp2_scaled(s, s_scale, s_top[None, :]) * s_one[None, :]
         miss -= exp2_scaled(t - centers[:, None], t_scale, t_top[None, :]) * t_one[None, :]
-        miss_high = miss.to(w.dtype)
-        miss_low = (miss - miss_high.to(tl.float32)).to(w.dtype) if SPLIT else miss_high
-        acc = product(miss_high, miss_low, x, x_low, acc, SPLIT, SPLIT)
+        acc = add_product(acc, miss, x, x_low, SPLIT, SPLIT)
 
     first_row = dw + start.to(tl.int64) * C
     here, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_C)[None, :]

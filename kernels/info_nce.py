@@ -36,6 +36,7 @@ from torch import Tensor
 from moco_fast.kernels.common import (
     FIXED_SHIFT_FROM,
     LOG2E,
+    add_product,
     add_shares,
     cross_entropy,
     exp2_scaled,
@@ -71,8 +72,11 @@ TILES = {
 # Before sm_90 the operands of every product pass through registers.
 OLDER_TILES = {128: (64, 64, 8, 3, 1), 256: (64, 32, 8, 2, 1), 512: (32, 32, 8, 2, 1)}
 
-# Precision "highest" holds every operand twice. At these widths registers spill: exact, but slow.
-SPLIT_TILES = {256: (32, 32, 8, 2, 1), 512: (32, 16, 8, 2, 1)}
+# Precision "highest" holds every operand twice. From 256 features on registers spill: exact, but slow.
+SPLIT_TILES = {128: (128, 32, 8, 3, 1), 256: (32, 32, 8, 2, 1), 512: (32, 16, 8, 2, 1)}
+OLDER_SPLIT_TILES = SPLIT_TILES | {128: (64, 32, 8, 2, 1)}
+
+SCRATCH_BYTES = 8_000_000  # of partial sums, of all that the op allocates nearly everything
 
 # Exponentials are scaled by 2^15, the largest power of two in fp16, so that the small ones do not vanish.
 OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
@@ -145,9 +149,7 @@ def _walk(
         p = exp2_scaled(s, scale, shift[:, None])
         total += tl.sum(p, axis=1)
         if DQ:
-            p_high = p.to(q.dtype)
-            p_low = (p - p_high.to(tl.float32)).to(q.dtype) if SPLIT else p_high
-            acc = product(p_high, p_low, n, n_low, acc, SPLIT, SPLIT_QUEUE)
+            acc = add_product(acc, p, n, n_low, SPLIT, SPLIT_QUEUE)
     return acc, total, shift, cosines, above
 
 
@@ -250,9 +252,10 @@ def _finish(
 
 def tiles_for(n: int, block_c: int, split: bool, device: torch.device) -> tuple[int, int, int, int, int]:
     """The entry of the tables for a batch of n rows padded to block_c features."""
+    tma = has_tma(device)
     if split and block_c in SPLIT_TILES:
-        return SPLIT_TILES[block_c]
-    if block_c in OLDER_TILES and not has_tma(device):
+        return (SPLIT_TILES if tma else OLDER_SPLIT_TILES)[block_c]
+    if block_c in OLDER_TILES and not tma:
         return OLDER_TILES[block_c]
     return TILES["few" if n <= 64 else "many", block_c]
 
@@ -313,7 +316,7 @@ def info_nce(
     block_c = padded_features(features)
     block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, split, q.device)
     blocks, steps = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
-    shares = shares_of(n, features, blocks, steps, per_sm * multiprocessors(q.device))
+    shares = shares_of(n, features, blocks, steps, per_sm * multiprocessors(q.device), SCRATCH_BYTES)
     steps_per_share = triton.cdiv(steps, shares)
     shares = triton.cdiv(steps, steps_per_share)
 
@@ -333,7 +336,7 @@ def info_nce(
 
     rows = max(1, 4096 // block_c)
     tma = has_tma(q.device)
-    block_r, chunk = finishing_blocks(n, block_c, q.device)
+    block_r, chunk, finishing_warps = finishing_blocks(n, block_c, q.device)
     _prepare[(triton.cdiv(n, rows),)](
         q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
         WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
@@ -351,6 +354,7 @@ def info_nce(
         q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
         n, slots, features, scale, 1 / temperature,
         SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), BLOCK_R=block_r, CHUNK=chunk,
-        BLOCK_C=block_c, DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, enable_fp_fusion=True,
+        BLOCK_C=block_c, DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=finishing_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return loss, dq, rank, pos[:stats], neg[:stats]

@@ -88,7 +88,7 @@ OLDER_TILES = {
     ("sums", 512): (64, 32, 8, 2, 1),
     ("gradient", 32): (128, 32, 8, 4, 2),
     ("gradient", 64): (128, 64, 8, 3, 1),
-    ("split sums", 32): (128, 128, 8, 4, 1),
+    ("split sums", 32): (128, 64, 8, 4, 1),
     ("split sums", 128): (128, 64, 8, 2, 1),
     ("split sums", 256): (32, 64, 8, 2, 1),
     ("split sums", 512): (16, 32, 8, 2, 1),
@@ -204,12 +204,12 @@ def losses(
     loss, log2_sum, miss = torch.empty((3, problems, rows), device=x.device, dtype=torch.float32)
     dx = torch.empty((problems, rows if gradient else 0, features), device=x.device, dtype=torch.float32)
     block_c, shares = padded_features(features), part.totals.shape[0]
-    block_r, chunk = finishing_blocks(problems * rows, block_c, x.device)
+    block_r, chunk, warps = finishing_blocks(problems * rows, block_c, x.device)
     pairs_kernels.losses[(triton.cdiv(rows, block_r), problems)](
         x, y, part.sums, part.totals, part.shifts, loss, log2_sum, miss, dx,
         rows, y.shape[1], features, first, LOG2E / temperature, 1 / temperature,
         SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), BLOCK_R=block_r, CHUNK=chunk,
-        BLOCK_C=block_c, PAIRED=paired, GRADIENT=gradient, enable_fp_fusion=True,
+        BLOCK_C=block_c, PAIRED=paired, GRADIENT=gradient, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return Losses(loss, log2_sum, miss, dx)
 
@@ -228,11 +228,11 @@ def gradients(
     problems, rows, features = x.shape
     dx = torch.empty((problems, rows, features), device=x.device, dtype=torch.float32)
     block_c = padded_features(features)
-    block_r, chunk = finishing_blocks(problems * rows, block_c, x.device)
+    block_r, chunk, warps = finishing_blocks(problems * rows, block_c, x.device)
     pairs_kernels.gradients[(triton.cdiv(rows, block_r), problems)](
         x, y, part.sums, miss, dx, rows, y.shape[1], features, first, 1 / temperature, part.factor,
         SHARES=part.sums.shape[0], BLOCK_R=block_r, CHUNK=chunk, BLOCK_C=block_c,
-        PAIRED=paired, enable_fp_fusion=True,
+        PAIRED=paired, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return dx
 

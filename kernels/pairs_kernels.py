@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from moco_fast.kernels.common import (
+    add_product,
     add_shares,
     cross_entropy,
     exp2_scaled,
@@ -96,9 +97,7 @@ def sweep(
             p = exp2_scaled(s, scale, shift[:, None])
             total += tl.sum(p, axis=1)
         if GRADIENT:
-            p_high = p.to(x.dtype)
-            p_low = (p - p_high.to(tl.float32)).to(x.dtype) if SPLIT else p_high
-            acc = product(p_high, p_low, y, y_low, acc, SPLIT, SPLIT)
+            acc = add_product(acc, p, y, y_low, SPLIT, SPLIT)
 
     at = (share * tl.num_programs(2) + problem).to(tl.int64) * R + row
     if not SECOND:

@@ -105,6 +105,25 @@ def sweep(
     return found | {"products": products * (2 - online)}  # a fixed shift has the running maximum behind it
 
 
+def finish(chunk, warps, shares):
+    """``info_nce._finish`` at the headline width, a row per program, with all it can be asked for."""
+    types = {
+        **dict.fromkeys(
+            ("q", "k", "q_norm", "k_norm", "pos", "sums", "totals", "shifts", "cosines"), "*fp32"
+        ),
+        **dict.fromkeys(("loss", "dq", "neg"), "*fp32"),
+        "ranks": "*i32",
+        "rank": "*i64",
+        **dict.fromkeys(("N", "K", "C"), "i32"),
+        **dict.fromkeys(("scale", "inverse_t"), "fp32"),
+    }
+    constants = {
+        "SHARES": shares, "BLOCK_S": triton.next_power_of_2(shares), "BLOCK_R": 1, "CHUNK": chunk,
+        "BLOCK_C": 128, "DQ": True, "SUMS": True, "RANKS": True,
+    }  # fmt: skip
+    return compiled(info_nce._finish, types, constants, warps, 3, HOPPER)
+
+
 def info_nce_cases():
     """Every entry of the tables, every form at the headline width, and the extremes on Ampere."""
     for (rows, features), tiles in info_nce.TILES.items():
@@ -112,13 +131,19 @@ def info_nce_cases():
         if rows == "many" and features >= 64:
             older = info_nce.OLDER_TILES.get(features, tiles)
             yield f"{rows} {features} sm_80", partial(sweep, older, features, AMPERE)
-    for features, tiles in info_nce.SPLIT_TILES.items():
-        yield f"wide highest {features}", partial(sweep, tiles, features, AMPERE, split=True, queue="fp32")
+    split = partial(sweep, queue="fp32", split=True)
+    yield "highest 128", partial(split, info_nce.SPLIT_TILES[128], 128, HOPPER)
+    yield "highest 128, fp16 queue", partial(sweep, info_nce.SPLIT_TILES[128], 128, HOPPER, split=True)
+    yield "highest 128, statistics", partial(split, info_nce.SPLIT_TILES[128], 128, HOPPER, stats=True)
+    yield "highest 64", partial(split, info_nce.TILES["many", 64], 64, HOPPER)
+    for features, tiles in info_nce.OLDER_SPLIT_TILES.items():
+        label = "highest 128 sm_80" if features == 128 else f"wide highest {features}"
+        yield label, partial(split, tiles, features, AMPERE)
+    yield "finish, few rows", partial(finish, 128, 16, 342)
+    yield "finish, many rows", partial(finish, 32, 4, 66)
     forms = {
         "online": {"online": True},
         "fp32 queue": {"queue": "fp32"},
-        "highest": {"queue": "fp32", "split": True},
-        "highest, fp16 queue": {"split": True},
         "medium": {"operand": "bf16", "queue": "bf16"},
         "statistics": {"stats": True},
         "forward only": {"dq": False},

@@ -100,6 +100,12 @@ def device(place):
 
 
 @pytest.fixture
+def triton_device():
+    """Where Triton runs: a GPU, or a CPU under its interpreter."""
+    return "cpu" if triton.interpreted() else "cuda"
+
+
+@pytest.fixture
 def figures(monkeypatch):
     """Every figure that is saved."""
     kind = pytest.importorskip("matplotlib.figure").Figure

@@ -260,8 +260,8 @@ def test_compile_fullgraph(backend):
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(got, want, strict=True))
 
 
-def test_what_the_kernels_do_not_serve():
-    x = torch.randn(2, 513)
+def test_what_the_kernels_do_not_serve(triton_device):
+    x = torch.randn(2, 513, device=triton_device)
     with moco_fast.use_backend("triton"), pytest.raises(RuntimeError, match=r"up to 512 features.*got 513"):
         moco_fast.contrast(x, x)
     with moco_fast.use_backend("native"), pytest.raises(RuntimeError, match="contrast"):

@@ -246,8 +246,8 @@ def test_triton_without_the_copy_engine(place, shape, monkeypatch):
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-def test_more_features_than_triton_holds():
-    q, k, queue = make(2, 5, 513)
+def test_more_features_than_triton_holds(triton_device):
+    q, k, queue = (tensor.to(triton_device) for tensor in make(2, 5, 513))
     with moco_fast.use_backend("triton"), pytest.raises(RuntimeError, match=r"up to 512 features.*got 513"):
         moco_fast.info_nce(q, k, queue)
 

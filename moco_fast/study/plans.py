@@ -48,10 +48,6 @@ def _small(method: str, **changes: Any) -> PretrainConfig:
     return replace(recipe, **(shared | changes))
 
 
-# Before its second epoch a memory bank holds rows that were drawn at random.
-_small_twice = partial(_small, epochs=2)
-
-
 def _at_size(side: int) -> AugmentConfig:
     return replace(PRESETS["fashion-mnist"].config.augment, image_size=side)
 
@@ -115,14 +111,15 @@ STUDIES: dict[str, Study] = {
         "How do the methods compare on one budget?",
         "each method's paper",
         None,
-        lambda: _methods(_small_twice),
+        # Two epochs: before the second the rows of a memory bank are those drawn at random.
+        lambda: _methods(partial(_small, epochs=2)),
         _methods_full,
     ),
     "dictionary": Study(
         "How does accuracy depend on the number of negatives, and on where they come from?",
         "He et al. 2020, figure 3",
         "negatives",
-        lambda: _dictionary(_small_twice, (128, 512, 2048, 8192), (64, 128, 256, 512)),
+        lambda: _dictionary(_small, (128, 512, 2048, 8192), (64, 128, 256, 512)),
         lambda: _dictionary(_imagenet, (256, 512, 1024, 4096, 16384, 65536), (256, 512, 1024)),
     ),
     "momentum": Study(
