@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from moco_fast.extras import INSTALL
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
@@ -17,9 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from moco_fast import commands
     except ImportError as error:
-        print(
-            f"moco-fast: {error}. Install what it needs with: pip install moco_fast[train]", file=sys.stderr
-        )
+        print(f"moco-fast: {error}. Install what it needs with: {INSTALL}", file=sys.stderr)
         return 2
     return commands.run(list(sys.argv[1:] if argv is None else argv))
 

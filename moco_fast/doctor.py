@@ -11,8 +11,10 @@ import torch
 
 from moco_fast import backends, native
 from moco_fast._version import __version__
+from moco_fast.kernels import backend as triton
 
-OPS = ("info_nce", "nt_xent", "contrast", "dino", "ema_update_", "enqueue_", "sgd_", "adamw_")
+# All that a backend has a kernel for; the reference has every one of them.
+OPS = tuple(dict.fromkeys((*triton.OPS, *native.OPS)))
 OPTIONAL = ("torchvision", "triton", "rich", "tyro", "tensorboard", "matplotlib", "scikit-learn")
 
 

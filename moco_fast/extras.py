@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+INSTALL = "pip install '.[train]' in a checkout of moco_fast"
+
 
 def extra(module: str) -> Any:
     """Return an optional module, or say how to get it.
@@ -18,4 +20,4 @@ def extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is needed here ({error}): pip install moco_fast[train]") from error
+        raise ImportError(f"{module} is needed here ({error}): {INSTALL}") from error

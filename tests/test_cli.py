@@ -8,8 +8,11 @@ from typing import get_args, get_type_hints
 import pytest
 from PIL import Image
 
-from moco_fast import commands
+from moco_fast import backends, commands
 from moco_fast.cli import main
+from moco_fast.data import download
+from moco_fast.extras import extra
+from moco_fast.models.backbones import ANY_CHANNELS
 from moco_fast.train import checkpoint
 from moco_fast.train.presets import PRESETS
 
@@ -123,11 +126,23 @@ def test_preset_choices_are_the_presets():
     assert get_args(get_args(choice)[0]) == tuple(PRESETS)
 
 
+def test_help_names_every_backbone(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    out = capsys.readouterr().out
+    for arch in ANY_CHANNELS:
+        assert f'"{arch}"' in out
+
+
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for row in ("native kernels", "CPU instructions", "info_nce on cpu", "GPU", "torchvision"):
+    for row in ("native kernels", "CPU instructions", "GPU", "torchvision"):
         assert row in out
+    served = {op for backend in backends.BACKENDS.values() for op in getattr(backend, "OPS", ())}
+    assert served >= {"info_nce", "take_rows", "split_batch_norm", "sgd_", "dino"}
+    for op in served:
+        assert f" {op} on cpu " in out
 
 
 def test_missing_extra_is_named():
@@ -136,4 +151,12 @@ def test_missing_extra_is_named():
         "import sys; sys.modules['tyro'] = None; from moco_fast.cli import main; sys.exit(main(['doctor']))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install moco_fast[train]" in done.stderr
+    assert done.returncode == 2 and "pip install '.[train]' in a checkout of moco_fast" in done.stderr
+
+
+def test_missing_torchvision_is_named(monkeypatch, tmp_path):
+    """The package is on no index: advice to install it by name would fetch whatever has that name there."""
+    monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
+    assert "pip install '.[train]' in a checkout" in download.with_torchvision("CIFAR10", tmp_path, 1)
+    with pytest.raises(ImportError, match=r"nothing_at_all is needed here .*: pip install '.\[train\]' in a"):
+        extra("nothing_at_all")

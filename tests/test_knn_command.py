@@ -94,6 +94,29 @@ def test_images_without_labels_and_of_colour(untrained, tmp_path, capsys):
     assert "cannot be measured: the images have no class labels" in capsys.readouterr().err
 
 
+def test_the_official_test_view_and_others(tmp_path, capsys):
+    """0.875 of the side for files at 224 pixels, unless told otherwise; both commands write it down."""
+    for i in range(12):
+        (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (20 * i, 9, 9)).save(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")
+    model = moco_fast.MoCo(backbone("resnet18", width=8, in_channels=3), 16, 64)
+    path = save(tmp_path / "official.pth", model)
+    of = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    knn = ["knn", path, "--k", "1", *of]
+    linear = ["linear", path, "--epochs", "1", "--baselines", "False", *of]
+
+    def crop(arguments):
+        assert run([*arguments, "--workers", "0"]) == 0
+        return json.loads((tmp_path / "out" / "results.json").read_text())["crop"]
+
+    assert crop(knn) == crop(linear) == 0.875
+    assert torch.load(tmp_path / "out" / "linear.pth", weights_only=True)["moco_fast"]["crop"] == 0.875
+    assert crop([*knn, "--image-size", "32"]) == 1.0
+    assert crop([*knn, "--image-size", "32", "--crop", "0.5"]) == 0.5
+    assert crop([*linear, "--image-size", "32", "--augment", "True", "--crop", "0.875"]) == 0.875
+    assert run([*knn, "--crop", "1.5"]) == 1 and "crop must be in (0, 1], got 1.5" in capsys.readouterr().err
+
+
 def measured(rank, path, out):
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         status = run(["knn", path, "--k", "5", "20", "--out", out, "--device", "cpu"])

@@ -17,7 +17,7 @@ ROOT = Path(moco_fast.__file__).parent
 
 # Lowest first; a module may import from its own row and from rows above it. First match wins.
 LAYERS = [
-    ("_version", "extras", "reference"),
+    ("_version", "exports", "extras", "reference"),
     ("native", "kernels"),
     ("checks",),
     ("backends",),
@@ -79,6 +79,21 @@ def test_import_needs_torch_alone():
     assert not {"torchvision", "triton", "rich", "tyro", "matplotlib", "sklearn", "PIL", "tensorboard"} & set(
         loaded
     )
+
+
+def test_packages_import_what_is_asked_for():
+    """torch alone, and of the models no more than one that is named."""
+    loaded = python(
+        "import sys, torch; before = set(sys.modules); import moco_fast, moco_fast.models, moco_fast.data\n"
+        "from moco_fast.models import SimCLR; from moco_fast.data import TwoCrops\n"
+        "print(*set(sys.modules) - before)"
+    ).split()
+    assert {"moco_fast.models.simclr", "moco_fast.data.augment"} <= set(loaded)
+    assert not {"moco_fast.models.dino", "moco_fast.data.datasets", "torchvision", "PIL"} & set(loaded)
+    loaded = python(
+        "import sys, torch; before = set(sys.modules); import moco_fast\nprint(*set(sys.modules) - before)"
+    )
+    assert set(loaded.split()) <= {"moco_fast", "moco_fast._version"}
 
 
 def test_kernels_folder_is_not_a_package(monkeypatch):

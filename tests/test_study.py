@@ -2,7 +2,7 @@
 
 import math
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from PIL import Image
@@ -15,6 +15,7 @@ from moco_fast.study import figure, plans, sweep
 from moco_fast.study.results import Row, read_rows, summarise, write_rows
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.methods import METHODS
+from moco_fast.train.presets import PRESETS
 
 TINY = PretrainConfig(
     data="digits", epochs=1, batch_size=256, width=8, dim=16, queue_size=512, log_every=1, knn_every=10**9,
@@ -133,6 +134,38 @@ def test_plans(name):
 
 def test_all_methods_are_compared():
     assert {point.config.method for point in plans.STUDIES["methods"].small()} == set(METHODS)
+
+
+def differing(a, b):
+    return {f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
+
+
+def test_the_full_comparison_is_by_the_papers():
+    """One budget of images for all; of the symmetric MoCo v2 nothing else differs; heads of the papers."""
+    study = plans.STUDIES["methods"]
+    full = {point.series: point.config for point in study.full()}
+    assert list(full) == [point.series for point in study.small()]
+    assert {(c.epochs, c.data, c.arch, c.lr_batch_size) for c in full.values()} == {
+        (100, "imagenet", "resnet50", 256)
+    }
+    assert differing(full["moco-v2"], full["moco-v2, symmetric"]) == {"symmetric"}
+    assert differing(full["moco-v2"], PRESETS["moco-v2"].config) == {"epochs", "knn_every"}
+    assert differing(full["moco-v3"], PRESETS["moco-v3"].config) == {"knn_every"}
+    assert differing(full["moco-v1"], PRESETS["moco-v1"].config) == {"epochs", "milestones", "knn_every"}
+    assert full["moco-v1"].milestones == (60, 80)
+    assert all(c.schedule == "cosine" or c.milestones == (60, 80) for c in full.values())
+    assert [(c.dim, c.temperature) for c in (full["simclr"], full["dino"])] == [(128, 0.1), (256, 0.1)]
+    simsiam, dino, simclr = full["simsiam"], full["dino"], full["simclr"]
+    assert (simsiam.dim, simsiam.pred_dim, simsiam.batch_size, simsiam.lr) == (2048, 512, 512, 0.05)
+    assert (dino.mlp_dim, dino.prototypes, dino.teacher_temperature, dino.momentum) == (
+        2048,
+        65536,
+        0.04,
+        0.996,
+    )
+    assert (simclr.batch_size, simclr.optimizer, simclr.lr, simclr.weight_decay) == (4096, "lars", 0.3, 1e-6)
+    assert simclr.augment_second is None and simclr.augment.jitter == (0.8, 0.8, 0.8, 0.2)
+    assert full["sup-moco"].temperature == 0.1 and full["memory-bank, nce"].queue_size == 4096
 
 
 def test_command(tmp_path, capsys, monkeypatch):

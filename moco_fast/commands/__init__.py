@@ -40,7 +40,7 @@ examples:
                                                   of an official one; torchrun shares out the images
   moco-fast linear runs/NAME                      accuracy of linear classifiers on frozen features
   moco-fast linear moco_v2_800ep_pretrain.pth.tar --data imagenet/ --augment True --lr 30
-                                                  by MoCo's protocol to the letter
+                                                  by MoCo's own protocol
   moco-fast finetune runs/NAME --labels-fraction 0.1
                                                   train all its weights on a tenth of the labels
   moco-fast map runs/NAME                         draw what its features find alike

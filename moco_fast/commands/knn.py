@@ -45,6 +45,9 @@ class Knn:
     """Backbone, for a file that does not name it rightly."""
     image_size: int | None = None
     """Side of the views; default: as in training, 224 for official files."""
+    crop: float | None = None
+    """Side of the central square that is shown, over the shorter side of the image; default: 0.875, what
+    Resize(256) and CenterCrop(224) leave, of a directory's images at 224 pixels or more, else 1."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; under torchrun every process has its own."""
     workers: int = 2
@@ -60,7 +63,7 @@ class Knn:
         with joined(self.device):
             subject = load_subject(
                 self.checkpoint, self.data, self.device, Console(quiet=rank() > 0).print,
-                arch=self.arch, image_size=self.image_size, workers=self.workers,
+                arch=self.arch, image_size=self.image_size, workers=self.workers, crop=self.crop,
             )  # fmt: skip
             accuracy, classes, note = self._measure(subject, Console(quiet=rank() > 0))
             if rank() > 0:
@@ -71,7 +74,13 @@ class Knn:
             first, five = ({name: values[i] for name, values in rows.items()} for i in (0, 1))
             console.print(knn_table(first, k, weighted=self.temperature is not None, of_five=five))
         folder = self.out or subject.folder("knn")
-        write_text(folder / RESULTS_FILE, json.dumps({"knn": accuracy, "note": note}, indent=2) + "\n")
+        found = {
+            "knn": accuracy,
+            "note": note,
+            "image_size": subject.pretrained.image_size,
+            "crop": subject.crop,
+        }
+        write_text(folder / RESULTS_FILE, json.dumps(found, indent=2) + "\n")
         subject.plot_confusion(classes, folder / PICTURE_FILE, f"{self.k[0]} nearest neighbours")
         console.print(f"{RESULTS_FILE} and {PICTURE_FILE} are in {folder}", soft_wrap=True)
         return 0

@@ -29,8 +29,8 @@ class Linear:
     """Linear classification of a checkpoint's frozen features, beside raw pixels and its random init.
 
     By default features are extracted once and five learning rates are tried side by side; of them the one
-    that does best on a held-out tenth of the training images counts. MoCo's protocol to the letter is
-    --augment True --lr 30.
+    that does best on a held-out tenth of the training images counts. MoCo's own protocol, crops
+    and test view included, is --augment True --lr 30 on a directory's images at 224 pixels.
     """
 
     checkpoint: tyro.conf.Positional[Path]
@@ -46,6 +46,9 @@ class Linear:
     """Backbone, for a file that does not name it rightly."""
     image_size: int | None = None
     """Side of the views; default: as in training, 224 for official files."""
+    crop: float | None = None
+    """Side of the central square that is shown, over the shorter side of the image; default: 0.875, what
+    Resize(256) and CenterCrop(224) leave, of a directory's images at 224 pixels or more, else 1."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"."""
     workers: int = 2
@@ -58,7 +61,7 @@ class Linear:
         console, began = Console(), time.monotonic()
         subject = load_subject(
             self.checkpoint, self.data, self.device, console.print,
-            arch=self.arch, image_size=self.image_size, workers=self.workers,
+            arch=self.arch, image_size=self.image_size, workers=self.workers, crop=self.crop,
         )  # fmt: skip
         dataset = subject.dataset
         rows = subject.rows(self.baselines)
@@ -108,6 +111,7 @@ class Linear:
                 "version": __version__,
                 "linear": asdict(self.protocol),
                 "image_size": pretrained.image_size,
+                "crop": subject.crop,
                 "mean": list(pretrained.mean),
                 "std": list(pretrained.std),
                 "channels": pretrained.channels,
@@ -124,6 +128,7 @@ class Linear:
             "data": subject.dataset.name,
             "dataset": subject.dataset.note,
             "image_size": subject.pretrained.image_size,
+            "crop": subject.crop,
             "protocol": asdict(self.protocol),
             "features": {
                 name: {"chosen": asdict(result.best), "heads": [asdict(head) for head in result.heads]}

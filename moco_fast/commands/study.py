@@ -33,13 +33,13 @@ class Study:
     examples:
       moco-fast study momentum                                     minutes on two cores
       moco-fast study methods --seeds 3                            mean and deviation over seeds
-      moco-fast study dictionary --scale full --data imagenet/     the paper's setting, on GPUs
+      moco-fast study dictionary --scale full --data imagenet/     with MoCo v1's schedule, on GPUs
     """
 
     name: tyro.conf.Positional[StudyName]
     """Which."""
     scale: Literal["small", "full"] = "small"
-    """Fashion-MNIST on a CPU, minutes; or the published setting, for GPUs."""
+    """Fashion-MNIST on a CPU, minutes; or ImageNet or CIFAR-10 by published recipes, for GPUs."""
     data: str | None = None
     """Dataset or directory of images; default: that of the scale."""
     epochs: int | None = None

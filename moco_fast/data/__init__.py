@@ -1,1 +1,27 @@
 """Datasets, two-crop augmentation and loaders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moco_fast.exports import imported_when_used
+
+if TYPE_CHECKING:
+    from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view, random_view
+    from moco_fast.data.datasets import load_dataset
+
+__all__ = ["AugmentConfig", "TwoCrops", "center_view", "load_dataset", "random_view"]
+
+_HOMES = {
+    "AugmentConfig": "augment",
+    "TwoCrops": "augment",
+    "center_view": "augment",
+    "load_dataset": "datasets",
+    "random_view": "augment",
+}
+
+__getattr__ = imported_when_used(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -154,16 +154,23 @@ def center_view(
     mean: Sequence[float],  # per channel
     std: Sequence[float],  # per channel
     aspect: Tensor | None = None,  # (N,) width / height of the originals
+    crop: float = 1.0,
 ) -> Tensor:
-    """The evaluation view: the largest central square of the original image, (N, C, size, size).
+    """The evaluation view: a central square of the original image, (N, C, size, size).
 
-    Args as for :class:`TwoCrops`; nothing is random.
+    Args as for :class:`TwoCrops`; nothing is random. ``crop``, in (0, 1], is the side of the square over the
+    shorter side of the image: 0.875 for torchvision's ``Resize(256)`` and ``CenterCrop(224)``.
     """
     _check_size("size", size)
+    (crop,) = _floats("crop", (crop,), 1)
+    if not 0 < crop <= 1:
+        raise ValueError(f"crop must be in (0, 1], got {crop}")
     mean, std = _statistics(mean, std)
     _check_images(images, mean)
     aspect = _aspect(images, aspect)
-    box = central_box(aspect, 1.0, 1.0)
+    left, top, width, height = central_box(aspect, 1.0, 1.0).unbind(1)
+    margin = (1 - crop) / 2
+    box = torch.stack((left + margin * width, top + margin * height, crop * width, crop * height), dim=1)
     keep = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     return _normalize_(resample(images.float() / 255, box, keep, size), mean, std)
 

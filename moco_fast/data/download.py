@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moco_fast.extras import INSTALL
+
 CONNECT_SECONDS = 12  # silence after which a server counts as unreachable
 
 
@@ -25,7 +27,7 @@ def roots() -> list[Path]:
 def with_torchvision(name: str, root: Path, seconds: float) -> str | None:
     """Let ``torchvision.datasets.NAME`` download to a directory; the reason where that fails."""
     if importlib.util.find_spec("torchvision") is None:
-        return "torchvision is not installed (pip install moco_fast[train])"
+        return f"torchvision is not installed ({INSTALL})"
     # A child process: the time limit holds whatever hangs, and no socket default changes here.
     code = (
         f"import socket, sys; from torchvision.datasets import {name}\n"

@@ -3,7 +3,7 @@
 With several processes each takes consecutive rows, cut where batches end: every batch is then computed as
 one process would compute it, and so are the features, bit for bit.
 
-Tests: tests/test_knn.py.
+Tests: tests/test_knn.py, tests/test_view.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from moco_fast import checks
 from moco_fast.data.augment import center_view
 from moco_fast.data.images import Dataset, ImageSet
 from moco_fast.data.loader import BatchLoader
@@ -22,11 +23,13 @@ from moco_fast.evaluate.knn import extract_features
 
 EVALUATION_BATCH = 500
 RAW_SIZE = 64  # pixels at most, where they are the features: 224 x 224 x 3 of them fill the memory
+# What Resize(256) and CenterCrop(224) leave of the shorter side: the test view of ImageNet's figures.
+CROP, CROP_FROM = 0.875, 224
 
 
 @dataclass(frozen=True)
 class View:
-    """How a network is shown images in evaluation: their largest central square.
+    """How a network is shown images in evaluation: a central square of each.
 
     Attributes:
         size: side in pixels.
@@ -34,6 +37,8 @@ class View:
         std: per channel, divided by.
         device: where the network is.
         workers: processes that decode files.
+        crop: side of the square over the shorter side of the image; None: 0.875, the official test view, of
+            a directory's images at 224 pixels or more, else all of it.
     """
 
     size: int
@@ -41,6 +46,20 @@ class View:
     std: Sequence[float]
     device: torch.device
     workers: int = 0
+    crop: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and not 0 < checks.number("crop", self.crop) <= 1:
+            raise ValueError(f"crop must be in (0, 1], got {self.crop!r}")
+
+    def crop_of(self, images: ImageSet) -> float:
+        """What ``crop`` comes to for these images."""
+        return self._crop(images.images.fetch(torch.zeros(1, dtype=torch.int64)).aspect is not None)
+
+    def _crop(self, of_files: bool) -> float:
+        if self.crop is not None:
+            return self.crop
+        return CROP if of_files and self.size >= CROP_FROM else 1.0
 
     def raw(self) -> View:
         """Pixels from 0 to 1, as features: cosine similarity depends on where zero is."""
@@ -57,7 +76,8 @@ class View:
         for batch in loader.in_order(rows):
             aspect = None if batch.aspect is None else batch.aspect.to(self.device)
             pixels = batch.images.to(self.device).expand(-1, len(self.mean), -1, -1)
-            yield center_view(pixels, self.size, self.mean, self.std, aspect), batch.indices
+            crop = self._crop(aspect is not None)
+            yield center_view(pixels, self.size, self.mean, self.std, aspect, crop), batch.indices
 
 
 def features_of(

@@ -39,7 +39,7 @@ class Study:
     small: Callable[[], list[Point]]
     """Minutes a run on two cores: Fashion-MNIST, the small ResNet at width 8, one to six epochs."""
     full: Callable[[], list[Point]]
-    """The published setting, for GPUs."""
+    """ImageNet or CIFAR-10 by published recipes, for GPUs; docs/studies.md says by which."""
 
 
 def _small(method: str, **changes: Any) -> PretrainConfig:
@@ -57,30 +57,64 @@ def _published(preset: str, **changes: Any) -> PretrainConfig:
 
 
 def _imagenet(method: str, **changes: Any) -> PretrainConfig:
-    """The recipe of MoCo v1 with another method, as He et al. 2020 compare them, section 4.1."""
+    """The recipe of MoCo v1 with another method, as He et al. 2020 compare them, section 4.1.
+
+    Their end-to-end mechanism shuffles too (appendix A.9); here it takes the statistics of all processes.
+    """
     recipe = PRESETS["moco-v1"].config
     kept = {*METHODS[method].recipe, *({"temperature", "queue_size"} & METHODS[method].options.keys())}
     recipe = replace(recipe.with_method(method), **{name: getattr(recipe, name) for name in kept})
-    return replace(recipe, knn_every=NEVER, **changes)
+    return replace(recipe, knn_every=NEVER, sync_bn=method == "end-to-end", **changes)
 
 
-def _methods(make: Make) -> list[Point]:
+def _methods() -> list[Point]:
     points = []
     for method, row in METHODS.items():
-        points.append(Point(method, None, make(method)))
+        points.append(Point(method, None, _small_twice(method)))
         for variant in ("symmetric", "nce"):
             if variant in row.options and method != "moco-v1":
-                points.append(Point(f"{method}, {variant}", None, make(method, **{variant: True})))
+                points.append(Point(f"{method}, {variant}", None, _small_twice(method, **{variant: True})))
     return points
 
 
 def _methods_full() -> list[Point]:
-    """Every method by the recipe that was published for it where there is a preset, else by MoCo v1's."""
-    published = ("moco-v2", "moco-v3")
-    return [
-        replace(point, config=_published(point.series)) if point.series in published else point
-        for point in _methods(_imagenet)
-    ]
+    """Every method by its own paper but for the epochs: 100 of ImageNet each, with a ResNet-50.
+
+    Sources: He et al. 2020, also for its other mechanisms, section 4.1; Chen et al. 2020, Improved Baselines;
+    Chen et al. 2021, the authors' recipe for 100 epochs; Khosla et al. 2020, with a memory of 8192; Wu et al.
+    2018; Chen et al. 2020, SimCLR, section 2.2; Chen and He 2021, section 4; Caron et al. 2021, the authors'
+    command for ResNet-50, without local crops.
+    """
+    v1 = partial(_imagenet, epochs=100, milestones=(60, 80))
+    v2 = partial(_published, "moco-v2", epochs=100)
+    v3 = _published("moco-v3", epochs=100)
+    configs = {
+        "moco-v1": v1("moco-v1"),
+        "moco-v2": v2(),
+        "moco-v2, symmetric": v2(symmetric=True),
+        "moco-v3": v3,
+        "sup-moco": replace(v2().with_method("sup-moco"), queue_size=8192, temperature=0.1),
+        "end-to-end": v1("end-to-end"),
+        "memory-bank": v1("memory-bank"),
+        "memory-bank, nce": v1("memory-bank", nce=True, queue_size=4096),
+        # Batch 4096 and LARS with ten epochs of warm-up, as in MoCo v3, which has them from here.
+        "simclr": replace(
+            v3.with_method("simclr"), dim=128, temperature=0.1, lr=0.3, augment_second=None,
+            augment=AugmentConfig(image_size=224, crop_scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2)),
+        ),
+        # MoCo v2's views.
+        "simsiam": replace(
+            v2().with_method("simsiam"), dim=2048, pred_dim=512, batch_size=512, lr=0.05, sync_bn=True
+        ),
+        # MoCo v3's views, which are BYOL's, in wider crops.
+        "dino": replace(
+            v3.with_method("dino"), dim=256, mlp_dim=2048, prototypes=65536, momentum=0.996, temperature=0.1,
+            teacher_temperature=0.04, batch_size=512, optimizer="sgd", lr=0.03, weight_decay=1e-4,
+            augment=replace(v3.augment, crop_scale=(0.14, 1.0)),
+            augment_second=replace(v3.augment_second or v3.augment, crop_scale=(0.14, 1.0)),
+        ),
+    }  # fmt: skip
+    return [Point(name, None, config) for name, config in configs.items()]
 
 
 def _dictionary(make: Make, sizes: Sequence[int], batches: Sequence[int]) -> list[Point]:
@@ -111,8 +145,7 @@ STUDIES: dict[str, Study] = {
         "How do the methods compare on one budget?",
         "each method's paper",
         None,
-        # Two epochs: before the second the rows of a memory bank are those drawn at random.
-        lambda: _methods(partial(_small, epochs=2)),
+        _methods,
         _methods_full,
     ),
     "dictionary": Study(

@@ -87,7 +87,12 @@ def replicated(model: Method, config: PretrainConfig, device: torch.device) -> n
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model itself, or with several processes a replica whose gradients are averaged over them."""
+    """The model itself, or with several processes a replica whose gradients are averaged over them.
+
+    On a GPU cuDNN then measures, once per shape, which of its convolutions is fastest: steps have one shape.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
     if distributed.world_size() == 1:
         return model
     # Statistics stay each process's own, to be averaged when they are used. The option was renamed.

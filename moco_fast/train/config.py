@@ -57,7 +57,8 @@ class PretrainConfig:
     """Seed of everything random."""
 
     arch: str = "small_resnet"
-    """"small_resnet" or the name of a torchvision model, such as "resnet50"."""
+    """"small_resnet"; "cifar_resnet18"; a transformer, "small_vit", "vit_small", "vit_base", "vit_conv_small"
+    or "vit_conv_base"; or the name of a torchvision model, such as "resnet50"."""
     width: int = 16
     """Channels of the first stage; "small_resnet" only."""
     dim: int = 64

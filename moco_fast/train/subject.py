@@ -40,6 +40,11 @@ class Subject:
     def __str__(self) -> str:
         return f"{self.dataset.name}, {self.pretrained.arch}, {self.pretrained.method}"
 
+    @property
+    def crop(self) -> float:
+        """Side of the central squares that are shown, over the shorter side of the images."""
+        return self.view.crop_of(self.dataset.train)
+
     def folder(self, what: str) -> Path:
         """Where results go unless told otherwise: WHAT-DATA beside the checkpoint."""
         beside = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
@@ -76,6 +81,7 @@ def load_subject(
     arch: str | None = None,
     image_size: int | None = None,
     workers: int = 2,
+    crop: float | None = None,
 ) -> Subject:
     """Load a checkpoint and a dataset to evaluate it on; by default the one it was trained on.
 
@@ -86,9 +92,10 @@ def load_subject(
     """
     place = choose_device(device)
     pretrained = load_pretrained(checkpoint, arch=arch, image_size=image_size)
+    size, mean, std = pretrained.image_size, pretrained.mean, pretrained.std
+    view = View(size, mean, std, torch.device(place), workers, crop)
     dataset = first_on_machine(lambda: dataset_for(pretrained, data, log))
     if reason := labels_missing(dataset):
         raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
     pretrained.backbone.to(place)
-    size, mean, std = pretrained.image_size, pretrained.mean, pretrained.std
-    return Subject(Path(checkpoint), pretrained, dataset, View(size, mean, std, torch.device(place), workers))
+    return Subject(Path(checkpoint), pretrained, dataset, view)
