@@ -131,6 +131,18 @@ def test_what_did_not_compile_elsewhere_is_not_run_here(kernel, tmp_path):
     assert written(kernel)["few", 32] == (64, 4)
 
 
+def test_a_class_that_cannot_be_made_is_skipped(kernel, monkeypatch, tmp_path):
+    def out_of_memory(key):
+        raise torch.OutOfMemoryError("of this GPU")
+
+    monkeypatch.setattr(tiles.kernel("fake_op"), "tune_case", out_of_memory)
+    run(IN_ORDER[:1], out=tmp_path / "tune.json")
+    (entry,) = tiles.load(tmp_path / "tune.json")["classes"]
+    assert not entry["timed"] and len(entry["skipped"]) == 2
+    assert entry["skipped"][1]["reason"] == "OutOfMemoryError: of this GPU"
+    assert kernel.read_text() == KERNEL
+
+
 def test_every_class_is_saved_when_it_is_done(kernel, tmp_path, monkeypatch):
     """A run that is ended keeps what it found, and the next goes on from there."""
     out, really = tmp_path / "new" / "tune.json", tune.measure_class
