@@ -6,178 +6,260 @@ A kernel file ``kernels/<op>.py`` that can be tuned has, in its module,
 * ``CANDIDATES: dict[key, list[value]]``: what to try for a class;
 * ``tune_case(key) -> Callable[[value], Callable[[], None]]``: makes the launch of a candidate.
 
-Candidates of a class take turns, from a cold L2 and without launch overhead
-where a CUDA graph takes it out. One that does not compile or run is skipped and
-listed. The fastest go into the literal, in place, under a comment that says on
-what they were measured; classes without candidates keep their tiles. The
-results are not checked here: run the tests afterwards.
+Every candidate first runs once in one of as many processes as there are CPUs,
+which leaves it compiled in Triton's cache on disk. Then those of a class take
+turns, alone on the GPU, from a cold L2 and without launch overhead where a CUDA
+graph takes it out. One that does not compile or run is skipped and listed. The
+fastest go into the literals at the end, under a comment that says on what they
+were measured; classes without figures keep their tiles. The results are not
+checked here: run the tests afterwards.
+
+With ``--out FILE`` every figure is in FILE as soon as its class is done, and a
+FILE from before is continued. ``--apply FILE ...`` writes the literals from such
+files, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
-import json
-import pkgutil
-import re
-from collections.abc import Hashable
+import math
+import os
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import cuda, device, measure, report
+from bench import cuda, device, measure, report, tiles
+from bench.isolated import Processes, reason
+from moco_fast.commands.bar import Bar
 
 SECONDS = 1.0  # of timing per class of shapes
 SHOWN = 5
-WIDTH = 110  # of a line, as ruff formats
+HEADLINE_OP, HEADLINE_WIDTH = "info_nce", 128  # of the tables in the README
+# Candidates that each process compiles before those that are ready are timed: with fewer most processes would
+# wait for the slowest, with more nothing would be timed yet when time runs out.
+PER_PROCESS = 4
 
-Value = tuple
-Timed = dict[Hashable, list[tuple[float, Value]]]  # by class: median ms and tiles, fastest first
-
-
-def tunable() -> list[str]:
-    """Ops whose kernel file has what tuning needs."""
-    import moco_fast.kernels
-
-    names = [module.name for module in pkgutil.iter_modules(moco_fast.kernels.__path__)]
-    return [name for name in names if not missing(_kernel(name))]
+Class = tuple[str, Hashable]  # op and key of CANDIDATES
+Candidate = tuple[str, Hashable, tuple]  # and tiles
+Compile = Callable[[list[Candidate]], Iterable[str | None]]  # the reason that one cannot run, by candidate
 
 
-def missing(module: ModuleType) -> list[str]:
-    """Which parts of the contract a kernel file lacks."""
-    return [name for name in ("TILES", "CANDIDATES", "tune_case") if not hasattr(module, name)]
+def name(key: Hashable) -> str:
+    """A class of shapes as the command line has it."""
+    return ",".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-def _kernel(name: str) -> ModuleType:
-    return importlib.import_module(f"moco_fast.kernels.{name}")
+def classes(ops: list[str], names: list[str]) -> list[Class]:
+    """What to measure: of these ops the classes of these names, or all; what matters most first.
+
+    Raises:
+        ValueError: an op cannot be tuned, or no class has such a name.
+    """
+    found = [(op, key) for op in ops for key in tiles.kernel(op).CANDIDATES]
+    known = dict.fromkeys(name(key) for _, key in found)
+    if unknown := [wanted for wanted in names if wanted not in known]:
+        raise ValueError(f"no class {'; '.join(unknown)} in {', '.join(ops)}; there are {'; '.join(known)}")
+    return sorted((one for one in found if not names or name(one[1]) in names), key=_rank)
 
 
-def time_candidates(module: ModuleType, where: torch.device, seconds: float) -> tuple[Timed, list[str]]:
-    """Time every candidate of every class; also what was skipped, and why."""
-    found: Timed = {}
-    skipped = []
-    for key, candidates in module.CANDIDATES.items():
-        make = module.tune_case(key)
-        timers = {}
-        for value in candidates:
+def _rank(one: Class) -> tuple[bool, ...]:
+    """The sizes of the tables in the README come first, precision "highest" last."""
+    op, key = one
+    kind, width = key if isinstance(key, tuple) else (key, HEADLINE_WIDTH)
+    return "split" in str(kind), width != HEADLINE_WIDTH, op != HEADLINE_OP
+
+
+def run_once(op: str, key: Hashable, value: tuple) -> None:
+    """Run a candidate, and with it all that Triton compiles for it, the launchers included.
+
+    Compiling alone would have to repeat what Triton derives from the arguments of a launch for the key of its
+    cache: alignment, which integers are 1 or multiples of 16, the shares that follow from the GPU.
+    """
+    tiles.kernel(op).tune_case(key)(value)()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the process that times shares the GPU
+
+
+def measure_class(
+    one: Class, errors: dict[Candidate, str | None], where: torch.device, seconds: float
+) -> dict:
+    """Time every candidate of a class that could run: its entry of the report, fastest first."""
+    op, key = one
+    module, timers, skipped = tiles.kernel(op), {}, []
+    make = None
+    for value in module.CANDIDATES[key]:
+        error = errors.get((op, key, value))
+        if error is None:
             try:
+                make = make or module.tune_case(key)  # whose tensors the GPU may not hold
                 run = make(value)
                 run()
                 modes, _ = measure.timers(run, where)
-            except Exception as error:  # of a compiler or a launch: any type
-                reason = (str(error).strip() or "no reason given").split("\n")[0][:160]
-                skipped.append(f"{key}: {value}: {type(error).__name__}: {reason}")
-                continue
-            timers[value] = modes.get(cuda.GRAPH_COLD, modes[measure.COLD])
-        if timers:
-            times = measure.interleave(timers, seconds)
-            medians = [(measure.percentiles(values)["p50_ms"], value) for value, values in times.items()]
-            found[key] = sorted(medians, key=lambda pair: pair[0])
-    return found, skipped
+                timers[value] = modes.get(cuda.GRAPH_COLD, modes[measure.COLD])
+            except Exception as failed:  # of a compiler or a launch: any type
+                error = reason(failed)
+        if error is not None:
+            skipped.append({"tiles": value, "reason": error})
+    times = measure.interleave(timers, seconds) if timers else {}
+    timed = [{"tiles": value, **measure.percentiles(found)} for value, found in times.items()]
+    timed.sort(key=lambda candidate: candidate["p50_ms"])
+    return {"op": op, "class": key, "timed": timed, "skipped": skipped}
 
 
-def table(op: str, found: Timed, before: dict) -> Table:
-    """The best few of every class, and where its present tiles stand."""
+def batches(todo: list[Class], size: int) -> Iterator[list[list[Candidate]]]:
+    """Candidates by class, of as many classes at a time as have ``size`` candidates together."""
+    batch: list[list[Candidate]] = []
+    for op, key in todo:
+        batch.append([(op, key, value) for value in tiles.kernel(op).CANDIDATES[key]])
+        if sum(map(len, batch)) >= size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def measure_all(
+    todo: list[Class],
+    where: torch.device,
+    console: Console,
+    compile_them: Compile,
+    size: int,
+    *,
+    seconds: float = SECONDS,
+    budget: float = math.inf,
+) -> Iterator[dict]:
+    """Entries of the report as they are measured; none is begun after ``budget`` seconds.
+
+    Args:
+        size: candidates to compile before the first of them is timed: nothing else runs meanwhile.
+    """
+    end = time.monotonic() + budget
+    work = list(batches(todo, size))
+    with Bar(console, sum(len(candidates) for batch in work for candidates in batch), "candidates") as bar:
+        for batch in work:
+            everything = [candidate for candidates in batch for candidate in candidates]
+            errors = {}
+            for candidate, error in zip(everything, compile_them(everything), strict=True):
+                if time.monotonic() >= end:
+                    return
+                bar.now(f"{candidate[0]} {name(candidate[1])}")
+                errors[candidate] = error
+                bar.advance()
+            for op, key, _ in (candidates[0] for candidates in batch):
+                if time.monotonic() >= end:
+                    return
+                yield measure_class((op, key), errors, where, seconds)
+
+
+def begin(out: Path | None, where: torch.device) -> dict:
+    """A report without entries, or the one in ``out``.
+
+    Raises:
+        ValueError: that one was measured on something else.
+    """
+    empty = {"device": device.describe(torch.get_num_threads(), where), "classes": []}
+    if out is None or not out.exists():
+        return empty
+    found = tiles.load(out)
+    if tiles.measured_on(found) != tiles.measured_on(empty):
+        here, there = tiles.measured_on(empty), tiles.measured_on(found)
+        raise ValueError(f"{out} was measured on {there}; this is {here}: give another file")
+    return found
+
+
+def tune(
+    todo: list[Class],
+    where: torch.device,
+    console: Console,
+    compile_them: Compile,
+    size: int = 1,
+    *,
+    out: Path | None = None,
+    seconds: float = SECONDS,
+    budget: float = math.inf,
+) -> None:
+    """Measure classes of shapes, show the figures, and write the fastest tiles into the kernel files."""
+    found = begin(out, where)
+    done = {(entry["op"], entry["class"]) for entry in found["classes"] if entry["timed"]}
+    if already := [one for one in todo if one in done]:
+        console.print(f"{out} has {len(already)} of {len(todo)} classes already", highlight=False)
+    left = [one for one in todo if one not in done]
+    for entry in measure_all(list(left), where, console, compile_them, size, seconds=seconds, budget=budget):
+        one = entry["op"], entry["class"]
+        left.remove(one)
+        found["classes"] = [e for e in found["classes"] if (e["op"], e["class"]) != one] + [entry]
+        if out:
+            tiles.save(out, found)
+    for op in dict.fromkeys(op for op, _ in todo):
+        entries = [entry for entry in found["classes"] if (entry["op"], entry["class"]) in todo]
+        show(op, [entry for entry in entries if entry["op"] == op], console)
+    if left:
+        console.print(f"{len(left)} of {len(todo)} classes were not measured, for want of time:")
+        for op, key in left:
+            console.print(f"- {op} {name(key)}", highlight=False)
+    # Not before the end: processes that start later would compile other source, under another key.
+    for path in tiles.apply([found]):
+        console.print(f"wrote {path}")
+
+
+def show(op: str, entries: list[dict], console: Console) -> None:
+    """The best few of every class, where its present tiles stand, and what was skipped."""
     shown = Table(title=f"{op}, fastest first", title_justify="left", box=box.SIMPLE_HEAD)
     shown.add_column("class")
     shown.add_column("now")
     for i in range(SHOWN):
         shown.add_column(f"{i + 1}.", justify="right")
-    for key, ranked in found.items():
-        values, now = [value for _, value in ranked], before.get(key)
+    for entry in entries:
+        key, timed = entry["class"], entry["timed"]
+        values, now = [candidate["tiles"] for candidate in timed], tiles.kernel(op).TILES.get(key)
         place = f"{values.index(now) + 1}. of {len(values)}" if now in values else ""
-        best = [f"{_literal(value)} {report.duration(ms)}" for ms, value in ranked[:SHOWN]]
-        shown.add_row(_literal(key), place, *best)
-    return shown
-
-
-def rewrite(path: Path, best: dict, measured: str) -> None:
-    """Replace the tiles of the classes in ``best`` in the literal TILES of a file; say above it where from.
-
-    Raises:
-        ValueError: the file has no module-level literal ``TILES = {...}``.
-    """
-    text = path.read_text(encoding="utf-8")
-    node = _assignment(text, path)
-    tiles = ast.literal_eval(node.value) | best
-    lines = text.splitlines()
-    above = lines[: node.lineno - 1]
-    if above and above[-1].startswith("#") and re.search(r"\bmeasured\b", above[-1], re.IGNORECASE):
-        # Its meaning stays, what it says of a measurement does not.
-        kept = re.split(r"[;.]?\s*(?:not )?measured\b", above.pop()[1:], maxsplit=1, flags=re.IGNORECASE)[0]
-        if kept.strip():
-            above.append(f"# {kept.strip()}.")
-    above.append(f"# Measured with bench/tune.py: {measured}.")
-    target = ast.get_source_segment(text, node).partition("{")[0]  # "TILES = ", or with an annotation
-    new = [*above, *_layout(target, tiles), *lines[node.end_lineno :]]
-    path.write_text("\n".join(new) + "\n", encoding="utf-8")
-
-
-def _assignment(text: str, path: Path) -> ast.Assign | ast.AnnAssign:
-    for node in ast.parse(text).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        named = any(isinstance(target, ast.Name) and target.id == "TILES" for target in targets)
-        if named and isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
-            return node
-    raise ValueError(f"{path} has no module-level literal TILES = {{...}}")
-
-
-def _layout(target: str, tiles: dict) -> list[str]:
-    """The literal as ruff formats it: on one line if it fits, else an entry per line."""
-    entries = [f"{_literal(key)}: {_literal(value)}" for key, value in tiles.items()]
-    line = f"{target}{{{', '.join(entries)}}}"
-    if len(line) <= WIDTH:
-        return [line]
-    return [f"{target}{{", *(f"    {entry}," for entry in entries), "}"]
-
-
-def _literal(value: object) -> str:
-    """``repr`` with double quotes."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
-
-
-def tune(op: str, where: torch.device, console: Console, seconds: float = SECONDS) -> None:
-    """Tune one op and rewrite its file.
-
-    Raises:
-        ValueError: its kernel file cannot be tuned; says why.
-    """
-    module = _kernel(op)
-    if lacking := missing(module):
-        raise ValueError(f"moco_fast.kernels.{op} cannot be tuned: it has no {', '.join(lacking)}")
-    path = Path(module.__file__)
-    _assignment(path.read_text(encoding="utf-8"), path)  # before measuring, not after
-    found, skipped = time_candidates(module, where, seconds)
-    console.print(table(op, found, module.TILES))
-    for line in skipped:
-        console.print(f"- skipped {line}", highlight=False, markup=False)
-    if found:
-        about = device.describe(torch.get_num_threads(), where)
-        versions = f"torch {about['torch']}, triton {about['triton']}"
-        measured = f"{about['processor']}, {versions}, {about['date'][:10]}"
-        rewrite(path, {key: ranked[0][1] for key, ranked in found.items()}, measured)
-        console.print(f"wrote {path}")
+        best = [f"{tiles.literal(c['tiles'])} {report.duration(c['p50_ms'])}" for c in timed[:SHOWN]]
+        shown.add_row(name(key), place, *best)
+    console.print(shown)
+    for entry in entries:
+        for skipped in entry["skipped"]:
+            line = f"- skipped {name(entry['class'])}: {skipped['tiles']}: {skipped['reason']}"
+            console.print(line, highlight=False, markup=False)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Tune the named ops, or all that can be tuned."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help="name of a file in kernels/; default: all")
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="CLASS", help="such as few,128; default: all"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write every figure here; continues FILE")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no class after so many")
+    parser.add_argument(
+        "--apply", nargs="+", type=Path, metavar="FILE", help="measure nothing: write the best of these"
+    )
     options = parser.parse_args(arguments)
+    if options.apply and (options.ops or options.classes or options.out or options.seconds < math.inf):
+        parser.error("--apply goes with nothing else")
     console = Console()
     if not console.is_terminal:
         console.width = 180
     try:
+        if options.apply:
+            for path in tiles.apply([tiles.load(file) for file in options.apply]):
+                console.print(f"wrote {path}")
+            return
         where = device.pick("cuda")
-        for op in options.ops or tunable():
-            tune(op, where, console)
+        todo = classes(options.ops or tiles.tunable(), options.classes)
+        count = os.cpu_count() or 1
+        with Processes(count) as processes:
+            compile_them = partial(processes.errors, run_once)
+            tune(
+                todo, where, console, compile_them, PER_PROCESS * count,
+                out=options.out, budget=options.seconds,
+            )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"python -m bench.tune: {error}") from error
 

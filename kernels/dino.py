@@ -27,7 +27,6 @@ Kernels: dino_kernels.py.  Reference: moco_fast.reference.dino.  Tests: tests/te
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from moco_fast import reference
 from moco_fast.kernels import dino_kernels
+from moco_fast.kernels.candidates import Tiles, candidates
 from moco_fast.kernels.common import (
     LOG2E,
     finishing_blocks,
@@ -95,8 +95,6 @@ MAX_SPLIT_FEATURES = 256  # wider pairs of operands, of both models at once, no 
 # Exponentials and weights, up to 1 in magnitude, are operands too, scaled by a power of two so that fp16 does
 # not lose the small ones.
 OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
-
-Tiles = tuple[int, int, int, int, int]
 
 
 class Partial(NamedTuple):
@@ -222,29 +220,21 @@ def dino(
     return loss, ds, prototype_gradients(w, v, s, t, center, tops, shares_of_one, features, *temperatures)
 
 
-def _fits(key: tuple[str, int], tiles: Tiles) -> bool:
-    """Whether registers and shared memory of an H200 hold the tiles, with 60 registers for all else."""
-    (kind, features), (block_m, block_n, warps, stages, per_sm) = key, tiles
-    copies, both = 2 if "split" in kind else 1, 2 if "prototypes" in kind else 1
-    shared = (both * block_m + 2 * stages * block_n) * features * 2 * copies
-    registers = block_m * (features + both * block_n) / (32 * warps) + 60
-    return shared * per_sm <= 227 * 1024 and registers <= 255 and registers * 32 * warps * per_sm <= 65536
+def _candidates(kind: str, features: int) -> list[Tiles]:
+    split, models = "split" in kind, 2 if "prototypes" in kind else 1  # whose blocks a program holds
+    width = 2 * features * (2 if split else 1)  # bytes of a row
+    return candidates(
+        (64, 128),
+        (16, 32, 64) if features >= 128 else (32, 64),
+        (3, 4) if features == 32 else (2, 3),
+        lambda block_m, block_n, stages: (models * block_m + 2 * stages * block_n) * width,
+        sums=features,
+        scores=models,
+        more_warps=features >= 256 and not split,
+    )
 
 
-CANDIDATES = {
-    key: [
-        tiles
-        for tiles in product(
-            (64, 128),
-            (16, 32, 64) if key[1] >= 128 else (32, 64, 128),
-            (4, 8),
-            (2, 3) if key[1] >= 128 else (2, 3, 4),
-            (1, 2, 3),
-        )
-        if _fits(key, tiles)
-    ]
-    for key in TILES
-}
+CANDIDATES = {key: _candidates(*key) for key in TILES}
 
 
 def tune_case(

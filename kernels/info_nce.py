@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moco_fast.kernels.candidates import Tiles, candidates
 from moco_fast.kernels.common import (
     FIXED_SHIFT_FROM,
     LOG2E,
@@ -250,7 +251,7 @@ def _finish(
     tl.store(loss + row, value, mask=valid)
 
 
-def tiles_for(n: int, block_c: int, split: bool, device: torch.device) -> tuple[int, int, int, int, int]:
+def tiles_for(n: int, block_c: int, split: bool, device: torch.device) -> Tiles:
     """The entry of the tables for a batch of n rows padded to block_c features."""
     tma = has_tma(device)
     if split and block_c in SPLIT_TILES:
@@ -260,23 +261,22 @@ def tiles_for(n: int, block_c: int, split: bool, device: torch.device) -> tuple[
     return TILES["few" if n <= 64 else "many", block_c]
 
 
-CANDIDATES = {
-    key: [
-        (block_m, block_n, warps, stages, per_sm)
-        for block_m in ((64,) if key[0] == "few" else (64, 128))
-        for block_n in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
-        for per_sm in (1, 2, 3)
-        # The tiles of the pipeline have to fit in shared memory, the sums in registers.
-        if (block_m + stages * block_n) * key[1] * 2 * per_sm <= 220_000
-        and block_m * (key[1] + block_n) <= 200 * 32 * warps
-    ]
-    for key in TILES
-}
+def _candidates(few: bool, features: int) -> list[Tiles]:
+    return candidates(
+        (64,) if few else (64, 128),
+        (16, 32) if features == 512 else (32, 64, 128),
+        (2, 3) if features >= 256 else (3, 4) if few else (2, 3, 4),
+        lambda block_m, block_n, stages: (block_m + stages * block_n) * features * 2,
+        sums=features,
+        scores=1,
+        more_warps=few or features >= 256,
+    )
 
 
-def tune_case(key: tuple[str, int]) -> Callable[[tuple], Callable[[], object]]:
+CANDIDATES = {key: _candidates(key[0] == "few", key[1]) for key in TILES}
+
+
+def tune_case(key: tuple[str, int]) -> Callable[[Tiles], Callable[[], object]]:
     """What bench/tune.py times: the headline sizes of a class, loss and gradient, from a 16-bit queue."""
     n, features = 32 if key[0] == "few" else 256, key[1]
     q, k = torch.randn(2, n, features, device="cuda").unbind()
@@ -300,7 +300,7 @@ def info_nce(
     precision: str,
     need_dq: bool,
     need_stats: bool,
-    tiles: tuple[int, int, int, int, int] | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.info_nce`; ``tiles`` in place of the tables' entry."""
     q, k, queue = q.contiguous(), k.contiguous(), _aligned(queue.contiguous())

@@ -34,7 +34,6 @@ Kernels: pairs_kernels.py.  Tests: tests/test_pairs.py, test_nt_xent.py, test_co
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -42,6 +41,7 @@ import triton
 from torch import Tensor
 
 from moco_fast.kernels import operands, pairs_kernels
+from moco_fast.kernels.candidates import Tiles, candidates
 from moco_fast.kernels.common import (
     FIXED_SHIFT_FROM,
     LOG2E,
@@ -55,9 +55,9 @@ from moco_fast.kernels.common import (
 from moco_fast.kernels.operands import Operand
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (pass, padded C); "split" is precision
-# "highest". Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another
-# (tests/test_aot.py). Only the gradient of split operands of 512 features spills whatever the tiles: least so
-# where they are too small for wgmma.
+# "highest". Only the gradient of split operands of 512 features spills whatever the tiles: least so where
+# they are too small for wgmma. Not measured on a GPU yet: chosen so that nothing else spills and no wgmma
+# waits for another (tests/test_aot.py).
 TILES = {
     ("sums", 32): (128, 128, 8, 4, 2),
     ("sums", 64): (128, 128, 8, 4, 2),
@@ -101,9 +101,6 @@ PADDING = 128  # a multiple of every block of rows or columns
 # Exponentials are operands too, scaled by a power of two so that fp16 does not lose the small ones: before
 # that they are up to 1 in the first pass, up to 2 in the second.
 OFFSET = {torch.float16: (15.0, 14.0), torch.bfloat16: (0.0, 0.0)}
-
-
-Tiles = tuple[int, int, int, int, int]
 
 
 class Partial(NamedTuple):
@@ -237,29 +234,26 @@ def gradients(
     return dx
 
 
-def _fits(key: tuple[str, int], tiles: Tiles) -> bool:
-    """Whether registers and shared memory of an H200 hold the tiles, with 60 registers for all else."""
-    (kind, features), (block_m, block_n, warps, stages, per_sm) = key, tiles
-    copies, kept = 2 if "split" in kind else 1, features if "gradient" in kind else 0
-    shared = (block_m + stages * block_n) * features * 2 * copies
-    registers = block_m * (kept + block_n) / (32 * warps) + 60
-    return shared * per_sm <= 227 * 1024 and registers <= 255 and registers * 32 * warps * per_sm <= 65536
+def _candidates(kind: str, features: int) -> list[Tiles]:
+    split, gradient = "split" in kind, "gradient" in kind
+    width = 2 * features * (2 if split else 1)  # bytes of a row
+    if gradient:
+        columns = (16,) if width >= 1024 else (16, 32, 64) if features == 256 else (32, 64)
+    else:
+        columns = (16, 32, 64) if features >= 256 else (64, 128)
+    small = split and gradient and features == 512  # too small for wgmma
+    return candidates(
+        (16, 32) if small else (64, 128),
+        columns,
+        (2, 3) if features >= 128 else (3, 4),
+        lambda block_m, block_n, stages: (block_m + stages * block_n) * width,
+        sums=features if gradient else 0,
+        scores=1,
+        more_warps=small or (features >= 256 and not split),
+    )
 
 
-CANDIDATES = {
-    key: [
-        tiles
-        for tiles in product(
-            (16, 32) if key == ("split gradient", 512) else (64, 128),
-            (16, 32, 64) if key[1] >= 256 else (32, 64) if "gradient" in key[0] else (64, 128),
-            (4, 8),
-            (2, 3) if key[1] >= 128 else (3, 4),
-            (1, 2, 3),
-        )
-        if _fits(key, tiles)
-    ]
-    for key in TILES
-}
+CANDIDATES = {key: _candidates(*key) for key in TILES}
 
 
 def tune_case(

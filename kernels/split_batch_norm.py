@@ -335,9 +335,7 @@ def split_batch_norm_backward(
 
 
 CANDIDATES = {
-    "together": [
-        (e, c, w, p) for e in (1024, 2048, 4096) for c in (32, 64, 128) for w in (4, 8) for p in (4, 8)
-    ],
+    "together": [(e, c, w, p) for e in (1024, 2048, 4096) for c in (64, 128) for w in (4, 8) for p in (4, 8)],
     "apart": [(e, c, w, p) for e in (1024, 2048, 4096) for c in (256, 1024) for w in (4, 8) for p in (4, 8)],
 }
 
