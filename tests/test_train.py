@@ -174,7 +174,7 @@ def copied(unbroken, tmp_path):
 def age(folder):
     """Take from a run folder what older versions did not write."""
     saved = checkpoint.read(folder)
-    for name in ("steps_per_epoch",):
+    for name in ("steps_per_epoch", "collapse"):
         del saved["moco_fast"][name]
     checkpoint.write_atomic(folder / checkpoint.FILE_NAME, saved)
     config = json.loads((folder / "config.json").read_text())

@@ -154,6 +154,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
     if saved is not None:
         step = run.restore(model, optimizer, randomness)
         accuracy = dict(saved["moco_fast"]["accuracy"])
+        alarm.set_state(saved["moco_fast"].get("collapse", alarm.state()))
         if isinstance(model, MoCo):
             _restore_queue(model, saved["moco_fast"], config)
     run.describe(config, dataset=dataset.note)
@@ -188,6 +189,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
             "mean": list(mean),
             "std": list(std),
             "accuracy": accuracy,
+            "collapse": alarm.state(),
             "shuffle": model.shuffle.state() if isinstance(model, MoCo) else None,
             "queues": _queues(model, config),
         }
