@@ -302,6 +302,23 @@ def test_config_is_written_whole(copied, monkeypatch):
     assert contents(copied) == before
 
 
+def test_study_remembers_where_its_images_are(tmp_path, monkeypatch):
+    from moco_fast.commands import study
+    from moco_fast.study.sweep import Sweep
+
+    seen = []
+
+    def swept(points, seeds, out, console):
+        seen.extend(point.config.data for point in points)
+        return Sweep([], signal.SIGTERM)
+
+    monkeypatch.setattr(study, "run_sweep", swept)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert main(["study", "momentum", "--data", "photos"]) == 128 + signal.SIGTERM
+    assert set(seen) == {str(tmp_path / "photos")}
+
+
 def test_resume_of_a_finished_run_changes_nothing(unbroken):
     folder, outcome = unbroken
     before = metrics(folder)
