@@ -14,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast.data.augment import TwoCrops, random_view
 from moco_fast.data.datasets import load_dataset
+from moco_fast.data.images import Dataset
 from moco_fast.data.loader import BatchLoader
 from moco_fast.distributed import check_agreement, from_all, largest, rank, world_size
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
+from moco_fast.models.method import Method
 from moco_fast.models.moco import MoCo
 from moco_fast.norm import average_statistics_, sees_neighbours
 from moco_fast.train import checkpoint as checkpoints
@@ -134,17 +136,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
     # model
     row = METHODS[config.method]
     labels = dataset.train.labels if row.needs_labels else None
-    facts = Facts(len(dataset.train), len(dataset.class_names) if dataset.train.labels is not None else 0)
-    model = build_model(config, channels, facts).to(device).to(memory_format=torch.channels_last)
+    model = _model(config, channels, dataset, device, console)
     watch = EmbeddingWatch(model.encoder)
-    if config.sync_bn and world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif world_size() > 1 and row.undivided and sees_neighbours(model.encoder):
-        console.print(
-            f"Batch norm takes statistics per process, and {config.method} shuffles no images: views that "
-            "share them can be told by them. --sync-bn True takes statistics over all processes.",
-            soft_wrap=True,
-        )
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
     optimizer = build_optimizer(model, config)
 
@@ -287,6 +280,24 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
     if step > 0:
         on_rank_0(lambda: plot_curves(out / METRICS_FILE, out / "curves.png"))
     return Outcome(out, step, ended_by, alarm.told, accuracy)
+
+
+def _model(
+    config: PretrainConfig, channels: int, dataset: Dataset, device: torch.device, console: Any
+) -> Method:
+    """The model on its device, with batch norm as the recipe and the processes want it."""
+    row = METHODS[config.method]
+    facts = Facts(len(dataset.train), len(dataset.class_names) if dataset.train.labels is not None else 0)
+    model = build_model(config, channels, facts).to(device).to(memory_format=torch.channels_last)
+    if config.sync_bn and world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world_size() > 1 and row.undivided and sees_neighbours(model.encoder):
+        console.print(
+            f"Batch norm takes statistics per process, and {config.method} shuffles no images: views that "
+            "share them can be told by them. --sync-bn True takes statistics over all processes.",
+            soft_wrap=True,
+        )
+    return model
 
 
 def _forward_backward(
