@@ -90,3 +90,20 @@ def test_two_classes_lie_on_a_line():
     alarm = CollapseAlarm(by_rank=False)
     assert all(alarm.look(step, 0.99, 1.0) is None for step in range(0, 10 * PATIENCE, 10))
     assert alarm.since is None and not alarm.told
+
+
+def test_a_resumed_run_knows_of_its_collapse(tmp_path, monkeypatch):
+    monkeypatch.setattr("moco_fast.train.collapse.SPREAD", 2.0)  # whatever the embeddings do
+    config = PretrainConfig(
+        data="digits", epochs=2, batch_size=256, width=8, dim=16, queue_size=512, log_every=1, knn_bank=200,
+        knn_every=10**9, threads=1, warmup_epochs=0.0, augment=AugmentConfig(image_size=8),
+    )  # fmt: skip
+    quiet = Console(quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("moco_fast.train.collapse.PATIENCE", 8)
+        assert pretrain(config, tmp_path / "told", console=quiet).collapsed
+        assert pretrain(config, tmp_path / "told", resume=True, console=quiet).collapsed
+    monkeypatch.setattr("moco_fast.train.collapse.PATIENCE", 12)
+    assert not pretrain(config, tmp_path / "run", console=quiet).collapsed  # of 10 steps
+    longer = replace(config, epochs=3)
+    assert pretrain(longer, tmp_path / "run", resume=True, console=quiet).collapsed

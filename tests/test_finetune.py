@@ -26,6 +26,7 @@ from moco_fast.train.display import Display
 from moco_fast.train.finetune import finetune
 from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.layers import parameter_groups
+from moco_fast.train.loop import pretrain
 from moco_fast.train.meter import NonFiniteLossError
 from moco_fast.train.pretrained import load_pretrained
 from moco_fast.train.schedule import cosine
@@ -143,6 +144,52 @@ def test_restart_goes_on_where_there_is_a_checkpoint(start, tmp_path):
     again = run(tmp_path / "run", config, checkpoint=start, resume="auto")
     assert first.step == again.step == 2 and metrics(tmp_path / "run") == before
     assert first.scores.loss == again.scores.loss
+
+
+def test_restart_of_another_run_is_refused_like_its_start(start, unbroken, tmp_path, monkeypatch):
+    folder = unbroken[0]
+    before = (folder / "checkpoint.pth").read_bytes(), (folder / "config.json").read_bytes()
+    other = write_pretrained(tmp_path / "other.pth")
+    with pytest.raises(FileExistsError) as refused:
+        run(folder, checkpoint=start)
+    for config, begin in ((replace(TINY, lr=0.2), start), (TINY, other)):
+        with pytest.raises(FileExistsError) as again:
+            run(folder, config, checkpoint=begin, resume="restart")
+        assert str(again.value) == str(refused.value)
+    with pytest.raises(FileExistsError, match=r"asked for something else \(checkpoint="):
+        run(folder, checkpoint=other, resume="auto")
+    assert before == ((folder / "checkpoint.pth").read_bytes(), (folder / "config.json").read_bytes())
+    assert run(folder, checkpoint=start, resume="restart").step == STEPS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "adamw"}, "optimizer must be that of the checkpoint in .*, 'sgd', got 'adamw'"),
+        ({"batch_size": 32}, "batch_size=32, was 64: an epoch would have 44 steps, .* 44 of epochs of 22"),
+        ({"labels_fraction": 0.5}, "labels_fraction=0.5, was 1.0: an epoch would have 11 steps"),
+    ],
+)
+def test_what_a_run_keeps(unbroken, changes, message):
+    folder = unbroken[0]
+    before = (folder / "checkpoint.pth").read_bytes(), (folder / "config.json").read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        run(folder, replace(TINY, epochs=3, **changes), resume=True)
+    assert before == ((folder / "checkpoint.pth").read_bytes(), (folder / "config.json").read_bytes())
+
+
+def test_pretraining_does_not_resume_it(unbroken, tmp_path, capsys):
+    folder = unbroken[0]
+    assert main(["pretrain", "--resume", str(folder)]) == 1
+    said = f"{folder} is a fine-tuning run: moco-fast finetune --resume {folder} goes on"
+    assert said in capsys.readouterr().err
+    with pytest.raises(checkpoint.CheckpointError, match="is a fine-tuning run"):
+        pretrain(PretrainConfig(data="digits"), folder, resume=True, console=Console(quiet=True))
+
+
+def test_finetuning_does_not_resume_a_pretrained_run(start, capsys):
+    assert main(["finetune", "--resume", str(start)]) == 1
+    assert "is no fine-tuning run" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_measures_it_again(unbroken):

@@ -152,6 +152,15 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(undisturbed, tmp_path):
     assert_equal_states(tmp_path / "run", undisturbed[2])
 
 
+def test_a_restart_refuses_what_the_start_refused(undisturbed):
+    """The same command on the folder of an earlier launch: torchrun takes the refusal for a crash."""
+    folder = undisturbed[1]
+    before = (folder / "checkpoint.pth").read_bytes(), (folder / "config.json").read_bytes()
+    output = finish(torchrun(1, folder, *options(), restarts=1), status=1)
+    assert output.count("is not empty: resume it") == 2, output
+    assert before == ((folder / "checkpoint.pth").read_bytes(), (folder / "config.json").read_bytes())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

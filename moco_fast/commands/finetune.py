@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -19,6 +19,7 @@ from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.finetune import FinetuneOutcome, finetune
 from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.processes import joined, may_restart, restarted
+from moco_fast.train.run import Resume, config_of
 
 
 @dataclass
@@ -40,7 +41,9 @@ class Finetune:
     out: Path | None = None
     """Run folder; default: runs/finetune-NAME-TIME."""
     resume: Path | None = None
-    """Run folder to go on with, in place of a checkpoint; the other options override its own config."""
+    """Run folder to go on with, in place of a checkpoint; the other options override its own config. It
+    keeps its optimizer and the number of steps in an epoch: another --batch-size or --labels-fraction is
+    refused, other --data too unless it has as many batches."""
 
     def run(self) -> int:
         """Returns the exit status."""
@@ -54,9 +57,7 @@ class Finetune:
             raise ValueError(
                 "out must be given where torchrun may restart a run, so that it finds its checkpoint"
             )
-        resume: bool | Literal["auto"] = self.resume is not None
-        if restarted() and not resume:
-            resume = "auto"
+        resume: Resume = True if self.resume else "restart" if restarted() else False
         config, console = self.config, Console()
         if config.data is not None:
             config = replace(config, data=absolute(config.data))
@@ -82,7 +83,7 @@ class Finetune:
 def defaults(argv: Sequence[str]) -> FinetuneConfig:
     """The config that other options override: that of --resume, if given."""
     if argv[:1] == ["finetune"] and (resume := value_of("--resume", argv)):
-        return FinetuneConfig.from_dict(checkpoints.read(resume)["moco_fast"].get("finetune", {}))
+        return FinetuneConfig.from_dict(config_of(checkpoints.read(resume), FinetuneConfig, resume))
     return FinetuneConfig()
 
 

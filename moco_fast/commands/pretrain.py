@@ -17,10 +17,11 @@ from moco_fast.data.datasets import absolute
 from moco_fast.distributed import from_rank_0, rank
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.config import PretrainConfig
-from moco_fast.train.loop import check_same_method, pretrain
+from moco_fast.train.loop import pretrain
 from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS, preset_for
 from moco_fast.train.processes import joined, may_restart, restarted
+from moco_fast.train.run import Resume, check_kept, config_of
 
 if TYPE_CHECKING:
     PresetName = str
@@ -39,7 +40,9 @@ class Pretrain:
     out: Path | None = None
     """Run folder; default: runs/NAME-TIME."""
     resume: Path | None = None
-    """Run folder to go on with; the other options override its own config."""
+    """Run folder to go on with; the other options override its own config. It keeps its method, model,
+    optimizer and the number of steps in an epoch: another --batch-size is refused, other --data too unless it
+    has as many batches."""
 
     def run(self) -> int:
         """Returns the exit status."""
@@ -56,7 +59,7 @@ class Pretrain:
             raise ValueError(
                 "out must be given where torchrun may restart a run, so that it finds its checkpoint"
             )
-        resume: bool | Literal["auto"] = "auto" if restarted() else self.resume is not None
+        resume: Resume = True if self.resume else "restart" if restarted() else False
         console = Console()
         with joined(config.device):
             name = from_rank_0(f"{Path(config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -79,8 +82,8 @@ def defaults(argv: Sequence[str]) -> PretrainConfig:
     if argv[:1] != ["pretrain"]:
         return PretrainConfig()
     if resume := value_of("--resume", argv):
-        config = PretrainConfig.from_dict(checkpoints.read(resume)["moco_fast"]["config"])
-        check_same_method(config.method, value_of("--method", argv) or config.method, resume)
+        config = PretrainConfig.from_dict(config_of(checkpoints.read(resume), PretrainConfig, resume))
+        check_kept("method", config.method, value_of("--method", argv) or config.method, resume)
         return config
     preset = value_of("--preset", argv) or preset_for(value_of("--data", argv) or "fashion-mnist")
     # The parser refuses a wrong name, and lists the right ones.

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from moco_fast import checks
+from moco_fast.data.datasets import absolute
 from moco_fast.distributed import rank
 from moco_fast.files import write_text
 from moco_fast.study.figure import markdown, plot_study
@@ -58,7 +59,7 @@ class Study:
         study = STUDIES[self.name]
         changes: dict[str, object] = {"device": self.device}
         if self.data is not None:
-            changes["data"] = self.data
+            changes["data"] = absolute(self.data)  # for runs that are evaluated or resumed elsewhere
         if self.epochs is not None:
             changes["epochs"] = checks.count("epochs", self.epochs)
         points = study.small() if self.scale == "small" else study.full()

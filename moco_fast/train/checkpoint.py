@@ -169,7 +169,13 @@ def run_state(
         random: :func:`random_state` of every process.
         facts: what else ``moco_fast`` shall hold.
     """
-    own = {"version": __version__, "step": step, "views": views.get_state(), "random": random}
+    own = {
+        "version": __version__,
+        "step": step,
+        "steps_per_epoch": steps_per_epoch,
+        "views": views.get_state(),
+        "random": random,
+    }
     return {
         "epoch": step // steps_per_epoch,
         "arch": arch,

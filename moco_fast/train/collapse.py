@@ -13,6 +13,8 @@ negatives it falls fastest then.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,6 +79,14 @@ class CollapseAlarm:
         self._grace, self._lowest_rank = grace, RANK if by_rank else 0.0
         self.since: int | None = None
         self.told = False
+
+    def state(self) -> list[Any]:
+        """What a checkpoint keeps of it."""
+        return [self.since, self.told]
+
+    def set_state(self, state: list[Any]) -> None:
+        """Go on from :meth:`state`."""
+        self.since, self.told = state
 
     def look(self, step: int, spread: float, rank: float) -> str | None:
         """What to say after a record with these statistics: nothing, nearly always."""

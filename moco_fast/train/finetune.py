@@ -5,13 +5,12 @@ Tests: tests/test_finetune.py.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from moco_fast.data.augment import random_view
 from moco_fast.data.fraction import labelled_fraction
 from moco_fast.data.images import ImageSet
 from moco_fast.data.loader import BatchLoader
-from moco_fast.distributed import check_agreement, from_all, largest, rank, world_size
+from moco_fast.distributed import check_agreement, largest, rank, world_size
 from moco_fast.evaluate.features import View, all_features, labels_missing
 from moco_fast.evaluate.pictures import plot_confusion, plot_curves
 from moco_fast.evaluate.scores import accuracy_at, confusion
@@ -29,17 +28,16 @@ from moco_fast.extras import extra
 from moco_fast.models.classifier import Classifier
 from moco_fast.norm import average_statistics_
 from moco_fast.optim import SGD, AdamW
-from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import choose_device, data_parallel
 from moco_fast.train.display import Display, opening
 from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.interrupt import StopRequest
 from moco_fast.train.layers import parameter_groups
-from moco_fast.train.loop import refuse_to_overwrite
-from moco_fast.train.meter import Meter, check_weights
+from moco_fast.train.meter import Meter
 from moco_fast.train.pretrained import dataset_for, load_pretrained
 from moco_fast.train.processes import first_on_machine, joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE, Recorder
+from moco_fast.train.run import Resume, open_run
 from moco_fast.train.schedule import cosine
 
 SGD_MOMENTUM = 0.9
@@ -80,7 +78,7 @@ def finetune(
     out: Path,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool | Literal["auto"] = False,
+    resume: Resume = False,
     console: Any = None,
 ) -> FinetuneOutcome:
     """Train a pretrained backbone and a fresh linear layer on labelled images.
@@ -96,13 +94,14 @@ def finetune(
         out: run folder.
         checkpoint: what to start from: run folder, checkpoint.pth or an official MoCo file.
         resume: continue from the checkpoint in ``out`` instead; losses are then those of an unbroken run, bit
-            for bit (on a CPU with the same number of threads and processes). "auto": if there is one, else
-            begin from ``checkpoint``.
+            for bit (on a CPU with the same number of threads and processes). "auto": if there is one, of a
+            run with this config and ``checkpoint``, else begin. "restart": if this launch of torchrun has
+            begun in ``out``, else False.
         console: a rich Console; default: standard output. Only rank 0 writes to it.
 
     Raises:
-        FileExistsError: ``out`` is not empty and the run is not resumed.
-        CheckpointError: a checkpoint that cannot be used.
+        FileExistsError: ``out`` is not empty and the run is not resumed, or it is another run's.
+        CheckpointError: a checkpoint that cannot be used, or not with this config.
         ValueError: images without labels, or that do not suit the backbone.
         NonFiniteLossError: the loss or the weights are not finite any more.
         Disagreement: the processes were given different arguments.
@@ -118,25 +117,14 @@ def _finetune(
     config: FinetuneConfig,
     out: Path,
     checkpoint: str | os.PathLike[str] | None,
-    resume: bool | str,
+    resume: Resume,
     console: Any,
 ) -> FinetuneOutcome:
     everywhere = console
     if rank() > 0:
         console = extra("rich.console").Console(quiet=True)
-    arguments = {"out": str(out), "checkpoint": str(checkpoint), "resume": resume}
-    check_agreement({"the config": config.to_dict(), **arguments})
-    if not resume:
-        on_rank_0(lambda: refuse_to_overwrite(out))
-    saved = None
-    if resume is True or (resume and on_rank_0((out / checkpoints.FILE_NAME).exists)):
-        saved = checkpoints.read(out)
-        if "finetune" not in saved["moco_fast"]:
-            raise checkpoints.CheckpointError(
-                f"{out} is no fine-tuning run: to start one from it leave --resume out"
-            )
-        if resume == "auto":  # with what the run made of its arguments
-            config = FinetuneConfig.from_dict(saved["moco_fast"]["finetune"])
+    run = open_run(config, out, resume, checkpoint=None if checkpoint is None else str(checkpoint))
+    config, saved = run.config, run.saved
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -161,6 +149,9 @@ def _finetune(
         train, config.batch_size // world_size(), config.seed, config.workers, rank=rank(),
         world_size=world_size(), pin_memory=device.type == "cuda", log=everywhere.print,
     )  # fmt: skip
+    steps_per_epoch = len(loader)
+    run.check_epochs(config, steps_per_epoch)
+    total = config.epochs * steps_per_epoch
     view = View(start.image_size, start.mean, start.std, device, config.workers)
     augment = config.augment(start.image_size)
     randomness = torch.Generator(device).manual_seed(config.seed)
@@ -177,25 +168,10 @@ def _finetune(
         optimizer = AdamW(groups, config.peak_lr)
     else:
         optimizer = SGD(groups, config.peak_lr, momentum=SGD_MOMENTUM)
-    step = 0
-    if saved is not None:
-        checkpoints.load_model(model, saved)
-        now = [(group["lr_scale"], group["weight_decay"]) for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved["optimizer"])
-        for group, (scale, decay) in zip(optimizer.param_groups, now, strict=True):
-            group.update(lr_scale=scale, weight_decay=decay)  # the config may have been overridden
-        extras = saved["moco_fast"]
-        randomness.set_state(extras["views"])
-        checkpoints.set_random_state(extras["random"][rank() % len(extras["random"])])
-        step = extras["step"]
-    replica = data_parallel(model, device)
-
-    steps_per_epoch = len(loader)
-    total = config.epochs * steps_per_epoch
-    on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
+    step = 0 if saved is None else run.restore(model, optimizer, randomness)
     begin = saved["moco_fast"]["start"] if saved else str(checkpoint)
-    description = config.to_dict() | {"start": begin, "dataset": dataset.note}
-    on_rank_0(lambda: (out / "config.json").write_text(json.dumps(description, indent=2) + "\n"))
+    run.describe(config, start=begin, dataset=dataset.note)
+    replica = data_parallel(model, device)
     if saved:
         method = saved["moco_fast"]["config"]["method"]
     else:
@@ -207,9 +183,6 @@ def _finetune(
     )  # fmt: skip
 
     def save() -> None:
-        check_weights(model, step, out)
-        average_statistics_(model)
-        random = from_all(checkpoints.random_state())
         facts = {
             # as in a checkpoint of pretraining, whose reader serves for both
             "config": {
@@ -228,11 +201,10 @@ def _finetune(
             "start": begin,
             "class_names": list(dataset.class_names),
         }
-        state = checkpoints.run_state(
-            model, optimizer, arch=start.arch, step=step, steps_per_epoch=steps_per_epoch, views=randomness,
-            random=random, facts=facts,
+        run.save(
+            model, optimizer, randomness, arch=start.arch, step=step, steps_per_epoch=steps_per_epoch,
+            facts=facts,
         )  # fmt: skip
-        on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
     recorder = Recorder(out if rank() == 0 else None, step)
     meter = Meter(loader, config.batch_size, out)

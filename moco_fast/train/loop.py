@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast.data.augment import TwoCrops, random_view
 from moco_fast.data.datasets import load_dataset
+from moco_fast.data.images import Dataset
 from moco_fast.data.loader import BatchLoader
 from moco_fast.distributed import check_agreement, from_all, largest, rank, world_size
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
+from moco_fast.models.method import Method
 from moco_fast.models.moco import MoCo
 from moco_fast.norm import average_statistics_, sees_neighbours
 from moco_fast.train import checkpoint as checkpoints
@@ -37,16 +38,15 @@ from moco_fast.train.collapse import CollapseAlarm, EmbeddingWatch
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display, opening
 from moco_fast.train.interrupt import StopRequest
-from moco_fast.train.meter import Meter, check_weights
+from moco_fast.train.meter import Meter
 from moco_fast.train.methods import METHODS, Facts, Views
 from moco_fast.train.presets import moved_to
 from moco_fast.train.processes import first_on_machine, joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE, Recorder
+from moco_fast.train.run import Resume, open_run
 from moco_fast.train.schedule import learning_rate
 
 KNN_MEASUREMENTS = 4  # during a run whose config leaves the choice
-# Options that decide which weights a model has.
-SHAPING = ("arch", "width", "dim", "queue_size", "mlp_dim", "pred_dim", "prototypes")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def pretrain(
     config: PretrainConfig,
     out: Path,
     *,
-    resume: bool | Literal["auto"] = False,
+    resume: Resume = False,
     console: Any = None,
 ) -> Outcome:
     """Pretrain a method and leave a run folder.
@@ -81,11 +81,13 @@ def pretrain(
         config: the recipe.
         out: run folder.
         resume: continue from the checkpoint in ``out``; losses are then those of an unbroken run, bit for bit
-            (on a CPU with the same number of threads and processes). "auto": if there is one, else begin.
+            (on a CPU with the same number of threads and processes). "auto": if there is one, of a run with
+            this config, else begin. "restart": if this launch of torchrun has begun in ``out``, else False.
         console: a rich Console; default: standard output. Only rank 0 writes to it.
 
     Raises:
-        FileExistsError: ``out`` is not empty and ``resume`` is False.
+        FileExistsError: ``out`` is not empty and ``resume`` is False, or it is another run's.
+        CheckpointError: a checkpoint that cannot be used, or not with this config.
         NonFiniteLossError: the loss or the weights are not finite any more.
         Disagreement: the processes were given different arguments or hold different queues.
         PeerFailedError: another process died or failed.
@@ -94,22 +96,14 @@ def pretrain(
         return _pretrain(config, out, resume, console or extra("rich.console").Console())
 
 
-def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: Any) -> Outcome:
+def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -> Outcome:
     everywhere = console
     if rank() > 0:
         console = extra("rich.console").Console(quiet=True)
-    check_agreement({"the config": config.to_dict(), "out": str(out), "resume": resume})
-    if not resume:
-        on_rank_0(lambda: refuse_to_overwrite(out))
-    saved = None
-    if resume is True or (resume and on_rank_0((out / checkpoints.FILE_NAME).exists)):
-        saved = checkpoints.read(out)
-        if missing := {"shuffle", "random", "queues"} - saved["moco_fast"].keys():
-            raise checkpoints.CheckpointError(f"{out} is of another version: it lacks {sorted(missing)}")
-        if resume is True:
-            check_same_method(saved["moco_fast"]["config"].get("method"), config.method, out)
-        if resume == "auto":  # with what the run made of its arguments
-            config = PretrainConfig.from_dict(saved["moco_fast"]["config"])
+    run = open_run(config, out, resume)
+    config, saved = run.config, run.saved
+    if saved is not None and (missing := {"shuffle", "random", "queues"} - saved["moco_fast"].keys()):
+        raise checkpoints.CheckpointError(f"{out} is of another version: it lacks {sorted(missing)}")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -133,67 +127,48 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         dataset.train, config.batch_size // world_size(), config.seed, config.workers, rank=rank(),
         world_size=world_size(), pin_memory=device.type == "cuda", log=everywhere.print,
     )  # fmt: skip
+    steps_per_epoch = len(loader)
+    run.check_epochs(config, steps_per_epoch)
+    total = config.epochs * steps_per_epoch
     two_crops = TwoCrops(config.augment, mean, std, config.augment_second)
     randomness = torch.Generator(device).manual_seed(config.seed)
 
     # model
     row = METHODS[config.method]
     labels = dataset.train.labels if row.needs_labels else None
-    facts = Facts(len(dataset.train), len(dataset.class_names) if dataset.train.labels is not None else 0)
-    model = build_model(config, channels, facts).to(device).to(memory_format=torch.channels_last)
+    model = _model(config, channels, dataset, device, console)
     watch = EmbeddingWatch(model.encoder)
-    if config.sync_bn and world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif world_size() > 1 and row.undivided and sees_neighbours(model.encoder):
-        console.print(
-            f"Batch norm takes statistics per process, and {config.method} shuffles no images: views that "
-            "share them can be told by them. --sync-bn True takes statistics over all processes.",
-            soft_wrap=True,
-        )
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
     optimizer = build_optimizer(model, config)
+
+    alarm = CollapseAlarm(grace=min(total // 10, steps_per_epoch), by_rank=not row.needs_labels)
+    accuracy: dict[str, float] = {}
+    step = 0
+    if saved is not None:
+        step = run.restore(model, optimizer, randomness)
+        accuracy = dict(saved["moco_fast"]["accuracy"])
+        alarm.set_state(saved["moco_fast"].get("collapse", alarm.state()))
+        if isinstance(model, MoCo):
+            _restore_queue(model, saved["moco_fast"], config)
+    run.describe(config, dataset=dataset.note)
 
     # kNN accuracy of pixels and of the untrained encoder: what the training has to beat
     probe = KnnProbe(
         dataset, image_size=size, mean=mean, std=std, device=device,
         k=config.knn_k, bank=config.knn_bank, workers=config.workers,
     )  # fmt: skip
-    on_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
-    accuracy: dict[str, float] = {}
-    step = 0
-    if saved is not None:
-        extras = saved["moco_fast"]
-        _load_model(model, saved, config)
-        optimizer.load_state_dict(saved["optimizer"])
-        for group in optimizer.param_groups:  # the config may have been overridden, and is what gets recorded
-            group.update(weight_decay=config.weight_decay)
-            if "momentum" in group:
-                group["momentum"] = config.sgd_momentum
-        randomness.set_state(extras["views"])
-        if isinstance(model, MoCo) and extras["shuffle"] is not None:
-            model.shuffle.set_state(extras["shuffle"])
-        checkpoints.set_random_state(extras["random"][rank() % len(extras["random"])])
-        if extras["queues"] and config.queue_sync == "local":
-            model.load_state_dict(model.state_dict() | extras["queues"][rank() % len(extras["queues"])])
-        step, accuracy = extras["step"], dict(extras["accuracy"])
-        if isinstance(model, MoCo):
-            model.verify_queue()
-    elif reason := probe.measurable():
-        console.print(f"No kNN accuracy: {reason}.")
-    else:
+    if saved is None and not (reason := probe.measurable()):
         accuracy = on_rank_0(
             lambda: {"raw pixels": probe.accuracy(None), "random init": probe.accuracy(model)}
         )
+    elif saved is None:
+        console.print(f"No kNN accuracy: {reason}.")
     replica = replicated(model, config, device)
 
-    steps_per_epoch = len(loader)
-    total = config.epochs * steps_per_epoch
     if step < total:
         accuracy.pop("trained", None)  # of fewer epochs, where a finished run is prolonged
     chance = row.chance(config) if row.chance else None
     knn_every = config.knn_every or max(1, total // KNN_MEASUREMENTS)
-    description = json.dumps(config.to_dict() | {"dataset": dataset.note}, indent=2) + "\n"
-    on_rank_0(lambda: (out / "config.json").write_text(description))
     what = f"{config.method} with {config.arch}"
     console.print(
         opening(dataset, len(dataset.train), what, device, total - step, config.batch_size, out),
@@ -201,33 +176,22 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     )  # fmt: skip
 
     def save() -> None:
-        check_weights(model, step, out)
-        average_statistics_(model)
-        random = from_all(checkpoints.random_state())
-        # One queue of every process, unless they are the same.
-        queues, shuffle = [], None
-        if isinstance(model, MoCo):
-            shuffle = model.shuffle.state()
-            if config.queue_sync == "local":
-                state = model.state_dict()
-                queues = from_all({name: state[name].cpu() for name in state if name.startswith("queue")})
         facts = {
             "config": config.to_dict(),
             "channels": channels,
             "mean": list(mean),
             "std": list(std),
             "accuracy": accuracy,
-            "shuffle": shuffle,
-            "queues": queues,
+            "collapse": alarm.state(),
+            "shuffle": model.shuffle.state() if isinstance(model, MoCo) else None,
+            "queues": _queues(model, config),
         }
-        state = checkpoints.run_state(
-            model, optimizer, arch=config.arch, step=step, steps_per_epoch=steps_per_epoch, views=randomness,
-            random=random, facts=facts,
+        run.save(
+            model, optimizer, randomness, arch=config.arch, step=step, steps_per_epoch=steps_per_epoch,
+            facts=facts,
         )  # fmt: skip
-        on_rank_0(lambda: checkpoints.write_atomic(out / checkpoints.FILE_NAME, state))
 
     recorder = Recorder(out if rank() == 0 else None, step)
-    alarm = CollapseAlarm(grace=min(total // 10, steps_per_epoch), by_rank=not row.needs_labels)
     keys_per_image = row.keys_per_image(config)
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
@@ -318,6 +282,24 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
     return Outcome(out, step, ended_by, alarm.told, accuracy)
 
 
+def _model(
+    config: PretrainConfig, channels: int, dataset: Dataset, device: torch.device, console: Any
+) -> Method:
+    """The model on its device, with batch norm as the recipe and the processes want it."""
+    row = METHODS[config.method]
+    facts = Facts(len(dataset.train), len(dataset.class_names) if dataset.train.labels is not None else 0)
+    model = build_model(config, channels, facts).to(device).to(memory_format=torch.channels_last)
+    if config.sync_bn and world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world_size() > 1 and row.undivided and sees_neighbours(model.encoder):
+        console.print(
+            f"Batch norm takes statistics per process, and {config.method} shuffles no images: views that "
+            "share them can be told by them. --sync-bn True takes statistics over all processes.",
+            soft_wrap=True,
+        )
+    return model
+
+
 def _forward_backward(
     model: nn.Module, views: Views, config: PretrainConfig, progress: float, device: torch.device
 ) -> dict[str, Tensor]:
@@ -337,35 +319,18 @@ def _forward_backward(
     return {name: torch.stack([part[name] for part in found]).mean(0) for name in found[0]}
 
 
-def check_same_method(trained: str | None, method: str, where: object) -> None:
-    """Raise CheckpointError if a run shall go on with another method."""
-    if trained != method:
-        raise checkpoints.CheckpointError(
-            f"method must be that of the checkpoint in {where}, {trained!r}, got {method!r}"
-        )
+def _queues(model: nn.Module, config: PretrainConfig) -> list[dict[str, Tensor]]:
+    """One queue of every process, unless they are the same."""
+    if not isinstance(model, MoCo) or config.queue_sync != "local":
+        return []
+    state = model.state_dict()
+    return from_all({name: state[name].cpu() for name in state if name.startswith("queue")})
 
 
-def _load_model(model: nn.Module, saved: dict[str, Any], config: PretrainConfig) -> None:
-    """Load the weights of a checkpoint; where they do not fit, say which of its run's options differ."""
-    try:
-        checkpoints.load_model(model, saved)
-    except checkpoints.CheckpointError as error:
-        trained, now = saved["moco_fast"]["config"], config.to_dict()
-        differing = [
-            f"{name}={now[name]!r}, was {trained[name]!r}"
-            for name in SHAPING
-            if now[name] != trained.get(name, now[name])
-        ]
-        if not differing:
-            raise
-        raise checkpoints.CheckpointError(
-            f"{'; '.join(differing)}: a run goes on with the model that it has trained, leave this "
-            f"option out or start a new run ({error})"
-        ) from error
-
-
-def refuse_to_overwrite(out: Path) -> None:
-    """Raise FileExistsError unless a run folder is empty or not there."""
-    if out.exists() and any(out.iterdir()):
-        hint = f"resume it (--resume {out})" if (out / checkpoints.FILE_NAME).exists() else "empty it"
-        raise FileExistsError(f"out {str(out)!r} is not empty: {hint}, or choose another --out")
+def _restore_queue(model: MoCo, extras: dict[str, Any], config: PretrainConfig) -> None:
+    """Give every process its own queue back, and the shuffle its state."""
+    if extras["shuffle"] is not None:
+        model.shuffle.set_state(extras["shuffle"])
+    if extras["queues"] and config.queue_sync == "local":
+        model.load_state_dict(model.state_dict() | extras["queues"][rank() % len(extras["queues"])])
+    model.verify_queue()

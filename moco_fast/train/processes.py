@@ -45,6 +45,11 @@ def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
+def launch() -> str | None:
+    """torchrun's name of this run, the same after a restart; "none" for all that it was given none for."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def local_rank() -> int:
     """Number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))

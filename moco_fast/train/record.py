@@ -17,7 +17,8 @@ class Recorder:
 
     Args:
         folder: the run folder, or None to record nothing.
-        step: records after this step, left by a run that died past its last checkpoint, are dropped.
+        step: records after this step, left by a run that died past its last checkpoint, are dropped; at
+            step 0 all there are.
     """
 
     def __init__(self, folder: Path | None, step: int = 0) -> None:
@@ -28,7 +29,7 @@ class Recorder:
         path = folder / METRICS_FILE
         kept = (
             [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            if path.exists()
+            if step and path.exists()
             else []
         )
         write_text(path, "".join(line + "\n" for line in kept))

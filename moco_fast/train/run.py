@@ -1,0 +1,236 @@
+"""A run folder: whose it is, and what going on with it takes. Shared by pretraining and fine-tuning.
+
+``config.json`` tells under "begun" what the run was asked for and which launch of torchrun asked. torchrun
+starts again whatever failed, also what had refused a folder of somebody else: by these two a process that was
+started again knows its own run.
+
+Tests: tests/test_train.py, tests/test_train_processes.py, tests/test_finetune.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from moco_fast.distributed import check_agreement, from_all, rank
+from moco_fast.files import write_text
+from moco_fast.norm import average_statistics_
+from moco_fast.train import checkpoint as checkpoints
+from moco_fast.train.checkpoint import CheckpointError
+from moco_fast.train.config import PretrainConfig
+from moco_fast.train.finetune_config import FinetuneConfig
+from moco_fast.train.meter import check_weights
+from moco_fast.train.processes import launch, on_rank_0
+
+CONFIG_FILE = "config.json"
+Resume = bool | Literal["auto", "restart"]
+C = TypeVar("C", PretrainConfig, FinetuneConfig)
+
+# Options that a run keeps: the optimizer's state is of no use to another one.
+KEPT = ("method", "optimizer")
+# Those that decide which weights a model has,
+SHAPING = ("arch", "width", "dim", "queue_size", "mlp_dim", "pred_dim", "prototypes")
+# how many steps an epoch has,
+COUNTED = ("batch_size", "data", "labels_fraction")
+# and those of an optimizer that may change: they stand in its state, but the config's are taken.
+TUNED = ("weight_decay", "momentum", "lr_scale")
+
+
+@dataclass(frozen=True)
+class Run(Generic[C]):
+    """A run folder that a call of the trainer may write to.
+
+    Attributes:
+        folder: the path.
+        config: what to train with.
+        saved: the checkpoint to go on from, or None.
+        asked: what the run was begun with, changed by what resuming it has overridden.
+    """
+
+    folder: Path
+    config: C
+    saved: dict[str, Any] | None
+    asked: dict[str, Any]
+
+    def describe(self, config: C, **more: str) -> None:
+        """Write ``config.json``: what the run made of its arguments, and whose the folder is from now on."""
+        begun = {"launch": launch(), "asked": self.asked}
+        text = json.dumps(config.to_dict() | more | {"begun": begun}, indent=2) + "\n"
+        on_rank_0(lambda: write_text(self.folder / CONFIG_FILE, text))
+
+    def check_epochs(self, config: C, steps_per_epoch: int) -> None:
+        """Raise CheckpointError if the steps of an epoch are others: the step tells where a run is."""
+        before = self.saved["moco_fast"].get("steps_per_epoch") if self.saved else None
+        if before is None or before == steps_per_epoch:
+            return
+        assert self.saved is not None
+        changed = differences(config.to_dict(), config_of(self.saved, type(config), self.folder), COUNTED)
+        raise CheckpointError(
+            f"{changed or 'other images'}: an epoch would have {steps_per_epoch} steps, and the run in "
+            f"{self.folder} has done {self.saved['moco_fast']['step']} of epochs of {before}. It goes on "
+            "with epochs as they were: leave this option out or start a new run"
+        )
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, views: torch.Generator) -> int:
+        """Load the weights, the optimizer and all random states of the checkpoint; returns its step.
+
+        Raises:
+            CheckpointError: weights that do not fit; says which options differ, before anything is changed.
+        """
+        assert self.saved is not None
+        own = self.saved["moco_fast"]
+        try:
+            checkpoints.load_model(model, self.saved)
+        except CheckpointError as error:
+            trained = config_of(self.saved, type(self.config), self.folder)
+            if not (changed := differences(self.config.to_dict(), trained, SHAPING)):
+                raise
+            raise CheckpointError(
+                f"{changed}: a run goes on with the model that it has trained, leave this option out or "
+                f"start a new run ({error})"
+            ) from error
+        tuned = [{name: group[name] for name in TUNED if name in group} for group in optimizer.param_groups]
+        optimizer.load_state_dict(self.saved["optimizer"])
+        for group, values in zip(optimizer.param_groups, tuned, strict=True):
+            group.update(values)  # the config may have been overridden, and is what gets recorded
+        views.set_state(own["views"])
+        checkpoints.set_random_state(own["random"][rank() % len(own["random"])])
+        return own["step"]
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        views: torch.Generator,
+        *,
+        arch: str,
+        step: int,
+        steps_per_epoch: int,
+        facts: dict[str, Any],
+    ) -> None:
+        """Write the checkpoint of a step, on rank 0; all call this. ``facts``: what ``moco_fast`` gets too.
+
+        Raises:
+            NonFiniteLossError: a weight is not finite.
+        """
+        check_weights(model, step, self.folder)
+        average_statistics_(model)
+        random = from_all(checkpoints.random_state())
+        state = checkpoints.run_state(
+            model, optimizer, arch=arch, step=step, steps_per_epoch=steps_per_epoch, views=views,
+            random=random, facts=facts,
+        )  # fmt: skip
+        on_rank_0(lambda: checkpoints.write_atomic(self.folder / checkpoints.FILE_NAME, state))
+
+
+def open_run(config: C, out: Path, resume: Resume, **arguments: str | None) -> Run[C]:
+    """Settle whether a run begins or goes on, and with which config. Writes nothing.
+
+    Args:
+        config: as asked for. A run that goes on without having been told to, with "auto" or "restart", takes
+            the config of its checkpoint, which is what it made of the one asked for.
+        out: run folder.
+        resume: False: begin, in a folder that is empty or not there. True: go on. "auto": go on if there is
+            a checkpoint of a run that was asked for the same, begin if there is none. "restart": go on with
+            what this launch of torchrun has begun in ``out``, or begin it anew if it left no checkpoint; else
+            as False.
+        arguments: what else the run was asked for.
+
+    Raises:
+        FileExistsError: the folder is another run's.
+        CheckpointError: a checkpoint that cannot be gone on from, or not with this config.
+        Disagreement: the processes were given different arguments.
+    """
+    check_agreement({"the config": config.to_dict(), "out": str(out), "resume": resume, **arguments})
+    asked = config.to_dict() | arguments
+    begun = on_rank_0(lambda: _begun(out))
+    if not on_rank_0(lambda: _goes_on(out, resume, begun, asked)):
+        return Run(out, config, None, asked)
+    saved = checkpoints.read(out)
+    trained = config_of(saved, type(config), out)
+    before = begun["asked"] if begun else trained
+    if resume is not True:
+        return Run(out, type(config).from_dict(trained), saved, before)
+    now = config.to_dict()
+    for name in KEPT:
+        if name in now:
+            check_kept(name, trained.get(name, getattr(type(config), name)), now[name], out)
+    overrides = {name: value for name, value in now.items() if differences(now, trained, [name])}
+    return Run(out, config, saved, before | overrides)
+
+
+def config_of(
+    saved: Mapping[str, Any], kind: type[PretrainConfig | FinetuneConfig], where: object
+) -> dict[str, Any]:
+    """The values of a checkpoint's config, if its run has this kind of config.
+
+    Raises:
+        CheckpointError: pretrained where a fine-tuning run is wanted, or the other way round.
+    """
+    own = saved["moco_fast"]
+    if kind is FinetuneConfig:
+        if "finetune" not in own:
+            raise CheckpointError(f"{where} is no fine-tuning run: to start one from it leave --resume out")
+        return own["finetune"]
+    if "finetune" in own:
+        raise CheckpointError(f"{where} is a fine-tuning run: moco-fast finetune --resume {where} goes on")
+    return own["config"]
+
+
+def check_kept(name: str, trained: object, now: object, where: object) -> None:
+    """Raise CheckpointError if a run shall go on with another method or optimizer."""
+    if trained != now:
+        raise CheckpointError(f"{name} must be that of the checkpoint in {where}, {trained!r}, got {now!r}")
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    """Raise FileExistsError unless a run folder is empty or not there."""
+    if out.exists() and any(out.iterdir()):
+        hint = f"resume it (--resume {out})" if (out / checkpoints.FILE_NAME).exists() else "empty it"
+        raise FileExistsError(f"out {str(out)!r} is not empty: {hint}, or choose another --out")
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
+    """Options, by default all, that have other values now; not those that only one of the two versions has.
+
+    Values are compared as JSON keeps them, which knows no tuples.
+    """
+    now, then = (json.loads(json.dumps(values)) for values in (now, then))
+    return "; ".join(
+        f"{name}={now[name]!r}, was {then[name]!r}"
+        for name in (now if names is None else names)
+        if name in now and name in then and now[name] != then[name]
+    )
+
+
+def _begun(out: Path) -> dict[str, Any] | None:
+    """What ``config.json`` tells of whose a folder is; None if there is none, or an older version's."""
+    try:
+        begun = json.loads((out / CONFIG_FILE).read_text())["begun"]
+        return {"launch": begun["launch"], "asked": dict(begun["asked"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _goes_on(out: Path, resume: Resume, begun: dict[str, Any] | None, asked: dict[str, Any]) -> bool:
+    """Whether there is a checkpoint to go on from; raises FileExistsError if the folder is another run's."""
+    if resume is True:
+        return True
+    changed = differences(asked, begun["asked"]) if begun else ""
+    if not resume or (resume == "restart" and (begun is None or begun["launch"] != launch() or changed)):
+        refuse_to_overwrite(out)
+        return False
+    if not (out / checkpoints.FILE_NAME).exists():
+        return False
+    if changed:
+        raise FileExistsError(
+            f"out {str(out)!r} holds a run that was asked for something else ({changed}): resume it "
+            f"(--resume {out}), or choose another --out"
+        )
+    return True
