@@ -117,8 +117,10 @@ def stages(out: Path, figures: Path) -> list[Stage]:
     verbose = ["-v", "--tb=short", "-rfE", "--continue-on-collection-errors"]
     sanitizer = "compute-sanitizer"
     # In the blocks of torch's allocator nothing is out of bounds; probing for an API is no error.
-    tools = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    tools = {
+        "memcheck": (["--report-api-errors", "no"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        "racecheck": ([], {}),
+    }
     return [
         Stage("build", [*module, "pip", "install", "--quiet", *offline, "--editable", "."], 65),
         Stage("CUDA part", [python, "-c", NATIVE], 15),
@@ -143,9 +145,9 @@ def stages(out: Path, figures: Path) -> list[Stage]:
                 ],
                 30,
                 sanitizer,
-                uncached,
+                environment,
             )
-            for tool, options in tools.items()
+            for tool, (options, environment) in tools.items()
         ),
         Stage(
             "training step",
