@@ -88,9 +88,8 @@ class Row:
     """A line of the table."""
 
     check: str
-    result: (
-        str  # of a stage: passed, failed, out of time, absent, left out; of an aim: met, missed, not measured
-    )
+    # Of a stage: passed, failed, out of time, absent, left out. Of an aim: met, missed, not measured.
+    result: str
     seconds: float | None = None
     figure: str = ""
     aim: str = ""

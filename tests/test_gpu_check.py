@@ -219,6 +219,16 @@ def test_a_process_per_op(monkeypatch, capsys):
         assert f"----- {op}: exit code {int(op == 'dino')}\nthis is {op}\n" in printed
 
 
+def test_processes_that_are_cut_show_what_they_printed(tmp_path):
+    long = (
+        "import sys, time; print('begun', sys.argv[1], flush=True); time.sleep(99 * (sys.argv[1] == 'dino'))"
+    )
+    command = [sys.executable, "-m", "bench.each", "9", *python(long)]
+    assert gpu_check.run(Stage("results", command, 60), 4.0, tmp_path / "log").result == "out of time"
+    log = (tmp_path / "log").read_text()
+    assert all(f"begun {op}\n" in log for op in ops.OPS) and "----- take_rows: exit code 0" in log
+
+
 def test_small_shapes_are_good_arguments(monkeypatch, capsys):
     """On a CPU by the reference: of every op, optimizers, masters, unaligned views and a second launch."""
     assert set(sanitize.CALLS) == set(ops.OPS)
