@@ -25,7 +25,7 @@ format: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m bench --readme README.md $(ARGS)
 
-# Build, GPU tests, compute-sanitizer and benchmark, on a machine with a GPU; without one it says so and exits 2.
+# Build, benchmark, GPU tests and compute-sanitizer, on a machine with a GPU; without one it says so and exits 2.
 gpu-check: $(VENV)/test.stamp
 	$(BIN)/python bench/gpu_check.py $(ARGS)
 

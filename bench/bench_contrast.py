@@ -21,6 +21,7 @@ from bench import cuda, measure
 from bench import info_nce_peers as other
 from bench.bench_nt_xent import ways
 from bench.case import OFFICIAL, REFERENCE, Case, Peer, bind, relative, serving
+from bench.compiling import compile_later, forget
 from moco_fast import reference
 
 TEMPERATURE = 0.2
@@ -129,7 +130,7 @@ def on_gpu(frozen: bool) -> dict[str, tuple[Run, dict]]:
 
 
 def compiled() -> Loss:
-    return torch.compile(official, fullgraph=True, dynamic=False)
+    return compile_later(official, fullgraph=True, dynamic=False)
 
 
 @cache
@@ -154,7 +155,7 @@ def case(size: tuple[str, int, int], device: torch.device = CPU) -> Case:
 
     backends, absent = serving("contrast", (q, k))
     peers = ways(backends, ours, peer)
-    torch._dynamo.reset()  # one function is compiled for a few shapes only, and every case is another
+    forget()
     peers[other.COMPILED] = peer(with_gradients(compiled()))
     if device.type == "cuda":
         peers |= {name: peer(run, **options) for name, (run, options) in on_gpu(frozen).items()}

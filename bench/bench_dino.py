@@ -20,6 +20,7 @@ import moco_fast
 from bench import cuda, measure
 from bench.bench_nt_xent import COMPILED, ways
 from bench.case import OFFICIAL, REFERENCE, Case, Peer, bind, relative, serving
+from bench.compiling import compile_later, forget
 
 STUDENT, TEACHER = 0.1, 0.04  # temperatures
 SIZES = {  # N, P, C
@@ -81,7 +82,7 @@ def on_gpu() -> dict[str, tuple[Run, dict]]:
     }
 
 
-compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+compiled = partial(compile_later, fullgraph=True, dynamic=False)
 
 
 @cache
@@ -106,7 +107,7 @@ def case(size: tuple[int, int, int], device: torch.device = CPU) -> Case:
 
     backends, absent = serving("dino", inputs)
     peers = ways(backends, ours, peer)
-    torch._dynamo.reset()  # one function is compiled for a few shapes only, and every case is another
+    forget()
     peers[COMPILED] = peer(with_gradients(compiled(official)))
     if device.type == "cuda":
         peers |= {name: peer(run, **options) for name, (run, options) in on_gpu().items()}

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moco_fast
+from bench import compiling, measure
 from bench import info_nce_peers as other
-from bench import measure
 from bench.case import NATIVE, OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, serving
 from bench.info_nce_peers import Inputs, Run
 from moco_fast import native
@@ -106,7 +106,7 @@ def case(size: tuple[int, int, int], device: torch.device = CPU, temperature: fl
                 peers[NATIVE_BF16] = peer(ours(backend, "medium"), **PRECISIONS["medium"])
     if device.type == "cpu" and NATIVE_BF16 not in peers:
         absent[NATIVE_BF16] = absent.get(NATIVE, "this CPU has no bf16 units")
-    torch._dynamo.reset()  # one function is compiled for a few shapes only, and every case is another
+    compiling.forget()
     others = other.everywhere()
     if device.type == "cuda":
         others |= other.on_gpu()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import moco_fast
 from bench import measure
 from bench.case import OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, serving
+from bench.compiling import compile_later
 
 TEMPERATURE = 0.1
 SIZES = {"cpu": [(256, 128)], "cuda": [(512, 128), (4096, 128)]}  # N, C
@@ -93,7 +94,7 @@ def case(size: tuple[int, int], device: torch.device = CPU) -> Case:
 
     backends, absent = serving("nt_xent", (z1,))
     peers = ways(backends, ours, peer)
-    peers[COMPILED] = peer(partial(with_gradient, torch.compile(formula)))
+    peers[COMPILED] = peer(partial(with_gradient, compile_later(formula)))
     peers[OFFICIAL] = peer(partial(with_gradient, formula))
     return Case("nt_xent", f"2N={2 * n}, C={c}", peers, 6.0 * c * (2 * n) ** 2, 8.0 * 2 * n * c, absent)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import moco_fast
 from bench import measure
 from bench.case import NATIVE, OFFICIAL, OURS, REFERENCE, Absent, Case, Peer, bind, relative, serving
+from bench.compiling import compile_later
 
 # N, C, height and width, parts, channels-last, dtype
 Size = tuple[int, int, int, int, bool, torch.dtype]
@@ -62,11 +63,6 @@ def ours(backend: str, x: Tensor, weight: Tensor, bias: Tensor, splits: int) -> 
         return moco_fast.split_batch_norm(x, weight, bias, splits)[0]
 
 
-def compiled() -> Op:
-    """Compiled when called, for the shape of the case."""
-    return torch.compile(loop, dynamic=False)
-
-
 def with_gradients(
     op: Op, x: Tensor, weight: Tensor, bias: Tensor, splits: int, dy: Tensor
 ) -> tuple[Tensor, ...]:
@@ -103,7 +99,7 @@ def case(size: Size, device: torch.device = CPU) -> Case:
 
     backends, absent = serving("split_batch_norm", (x,))
     peers = {f"{OURS} {backend}": peer(partial(ours, backend)) for backend in backends}
-    peers |= {COMPILED: peer(compiled()), VIEW: peer(view), OFFICIAL: peer(loop)}
+    peers |= {COMPILED: peer(compile_later(loop, dynamic=False)), VIEW: peer(view), OFFICIAL: peer(loop)}
     label = f"{n}x{c}x{side}x{side}, S={splits}, {str(dtype).removeprefix('torch.')}"
     label += ", channels-last" if channels_last else ""
     values = x.numel()

@@ -7,7 +7,7 @@ never timed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -26,6 +26,17 @@ class WrongResult(RuntimeError):
 
 class Absent(RuntimeError):
     """Somebody else's way does not run here, or not rightly; says why."""
+
+
+def trusted(name: str) -> bool:
+    """Whether a peer is ours or the official formula, which have to be right."""
+    return name.startswith(OURS) or name == OFFICIAL
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in a line; its type too, unless it is one of ours."""
+    told = str(error).strip().split("\n")[0][:200]
+    return told if isinstance(error, WrongResult | Absent) else f"{type(error).__name__}: {told}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,12 @@ class Case:
     bytes: float
     absent: dict[str, str] = field(default_factory=dict)
 
+    def own(self) -> Case:
+        """The same without other people's ways."""
+        peers = {name: peer for name, peer in self.peers.items() if trusted(name)}
+        absent = {name: why for name, why in self.absent.items() if trusted(name)}
+        return replace(self, peers=peers, absent=absent)
+
     def check(self, name: str) -> dict[str, float]:
         """Return the errors of a peer against float64.
 
@@ -66,19 +83,17 @@ class Case:
             WrongResult: ours or the official formula, with an error above its tolerance, or NaN.
             Absent: any other peer that fails or is wrong: not installed, no compiler, no such hardware.
         """
-        peer, trusted = self.peers[name], name.startswith(OURS) or name == OFFICIAL
+        peer = self.peers[name]
         try:
             errors = peer.errors()
         except Exception as error:  # of other people's libraries and of compilers: any type
-            if trusted:
+            if trusted(name):
                 raise
-            raise Absent(f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}") from error
+            raise Absent(reason(error)) from error
         for what, error in errors.items():
             if not error <= peer.tolerance:
                 found = f"{what} {error:.1e} against float64, expected at most {peer.tolerance:.0e}"
-                if trusted:
-                    raise WrongResult(f"{self.op}, {self.label}: {name} is wrong and was not timed: {found}")
-                raise Absent(f"its result is wrong: {found}")
+                raise (WrongResult if trusted(name) else Absent)(f"its result is wrong: {found}")
         return errors
 
 

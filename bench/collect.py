@@ -2,109 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
-from bench import cuda, device, measure, memory
-from bench.case import OFFICIAL, OURS, Absent, Case
-from bench.ops import OPS
-from bench.roofline import Roofline, roofline
+from bench import cuda, measure, memory
+from bench.case import OFFICIAL, OURS, Absent, Case, WrongResult, reason, trusted
+from bench.findings import Findings
+from bench.ops import OPS, cases
+from bench.roofline import roofline
 
 SECONDS, GPU_SECONDS, QUICK_SECONDS = 15.0, 3.0, 0.2  # of timing per case
 
-NOTES = (
-    "Peers take turns, one call each per round, and every call starts from a cold cache.",
-    "The share of the roofline counts the operations and bytes of the formula, against the copy bandwidth "
-    "and the torch.mm rate of the same run; an op that writes less than it reads can pass 100 %.",
-    "vs official: how many times faster than the official formula; of fastest: times the fastest median.",
-    "Errors are relative, against float64.",
-)
-CPU_NOTES = ("Extra memory is the growth of the peak resident size over a warm call in a fresh process.",)
-GPU_NOTES = (
-    "Extra memory is what a warm call allocates at its peak beyond what was allocated before it.",
-    "A call is launched on an idle GPU, and the launches count; graph is the same call replayed from a CUDA "
-    "graph, device time alone, by which GB/s, TFLOP/s and the roofline are given; warm is right after the "
-    "same call.",
-)
 
-
-def collect(quick: bool, where: torch.device, progress: Progress) -> dict:
-    """Measure everything.
+def collect(
+    findings: Findings,
+    where: torch.device,
+    progress: Progress,
+    ops: Sequence[str] = tuple(OPS),
+    own: bool = False,
+    seconds: float | None = None,
+    save: Callable[[dict], object] = lambda report: None,
+) -> dict:
+    """Measure everything. What fails or is wrong is noted, never timed, and does not end the rest.
 
     Args:
-        quick: tiny sizes, for a smoke run; its times mean nothing.
+        findings: gets the figures; says by ``quick`` whether sizes are tiny, and times mean nothing.
         where: the device that is measured.
         progress: shows what is running.
-
-    Raises:
-        WrongResult: a peer disagrees with float64; nothing wrong is ever timed.
+        ops: which of :data:`bench.ops.OPS`.
+        own: leave out other people's ways.
+        seconds: of timing per case; None: what the device is given by default.
+        save: told the report after every case.
     """
-    about = device.describe(measure.use_threads(), where)
-    extra = {}
-    if where.type == "cpu":
-        task = progress.add_task("memory, in a fresh process", total=len(OPS))
-        for op, figures in memory.by_op(quick):
-            extra[op] = figures
-            progress.advance(task)
+    quick, extra = findings.quick, {}
+    if seconds is None:
+        seconds = QUICK_SECONDS if quick else GPU_SECONDS if where.type == "cuda" else SECONDS
 
-    results: list[dict] = []
-    roof: Roofline | None = None
-    seconds = QUICK_SECONDS if quick else GPU_SECONDS if where.type == "cuda" else SECONDS
-    for op, module in OPS.items():
+    def keep() -> None:
+        save(findings.report(finished=False))
+
+    def fail(op: str, label: str, why: str) -> None:
+        findings.failed.append({"op": op, "label": label, "why": why})
+        keep()
+
+    keep()
+    try:
+        if where.type == "cuda":
+            findings.empty_graph_us = cuda.empty_graph(where) * 1e6
+        else:
+            task = progress.add_task("memory, in a fresh process", total=len(ops))
+            for op, figures in memory.by_op(quick, own, ops):
+                extra[op] = figures
+                progress.advance(task)
+    except RuntimeError as error:
+        fail("all ops", "empty graph" if where.type == "cuda" else "extra memory", reason(error))
+
+    def visit(case: Case, tell: Callable[[float], object]) -> None:
+        # Beside each case, not once: a shared machine is slower at some moments than at others.
+        findings.roof = findings.roof.raised_by(roofline(where, quick))
+        result = measure_case(case, where, extra.get(case.op, {}).get(case.label, {}), seconds, tell)
+        findings.results.append(result)
+        for name, why in result.pop("failed").items():
+            fail(case.op, case.label, f"{name}: {why}")
+        keep()
+
+    walk(ops, quick, own, where, progress, visit, fail)
+    report = findings.report(finished=True)
+    save(report)
+    return report
+
+
+def check(
+    quick: bool, where: torch.device, progress: Progress, ops: Sequence[str], own: bool
+) -> list[dict[str, str]]:
+    """Check every peer without timing it; returns what failed."""
+    failed: list[dict[str, str]] = []
+
+    def fail(op: str, label: str, why: str) -> None:
+        failed.append({"op": op, "label": label, "why": why})
+
+    def visit(case: Case, tell: Callable[[float], object]) -> None:
+        for name, why in each_peer(case, case.check)[2].items():
+            fail(case.op, case.label, f"{name}: {why}")
+
+    walk(ops, quick, own, where, progress, visit, fail)
+    return failed
+
+
+def walk(
+    ops: Sequence[str],
+    quick: bool,
+    own: bool,
+    where: torch.device,
+    progress: Progress,
+    visit: Callable[[Case, Callable[[float], object]], None],
+    fail: Callable[[str, str, str], None],
+) -> None:
+    """Visit all cases of the ops, one at a time; what raises is told to ``fail``, with op and label."""
+    for op in ops:
+        label = ""
         task = progress.add_task(f"{op}: preparing", total=None)
-        for case in module.cases(quick, where):
-            # Beside each case, not once: a shared machine is slower at some moments than at others.
-            now = roofline(where, quick)
-            roof = now if roof is None else roof.raised_by(now)
-            progress.update(task, description=f"{case.op}: {case.label}", total=1.0)
-            figures = extra.get(op, {}).get(case.label, {})
-            tell = lambda fraction, task=task: progress.update(task, completed=fraction)  # noqa: E731
-            results.append(measure_case(case, where, figures, seconds, tell))
-            task = progress.add_task(f"{op}: preparing", total=None)
+        try:
+            for case in cases(op, quick, where, own):
+                label = case.label
+                progress.update(task, description=f"{op}: {label}", total=1.0)
+                tell = lambda fraction, task=task: progress.update(task, completed=fraction)  # noqa: E731
+                try:
+                    visit(case, tell)
+                except Exception as error:  # of a compiler, a launch, a driver: any type
+                    fail(op, label, reason(error))
+                del case  # freed before the next one is made
+                task = progress.add_task(f"{op}: preparing", total=None)
+        except Exception as error:
+            fail(op, f"the case after {label}" if label else "its first case", reason(error))
         progress.remove_task(task)
 
-    assert roof is not None  # there are ops, and they have cases
-    for result in results:
-        for peer in result["peers"]:
-            seconds = peer["kernel_ms"] / 1e3
-            peer["gb_per_s"] = result["bytes"] / seconds / 1e9
-            peer["tflop_per_s"] = result["flops"] / seconds / 1e12
-            peer["roofline_share"] = roof.share(result["flops"], result["bytes"], peer["product"], seconds)
-    return {
-        "device": about,
-        "quick": quick,
-        "roofline": {
-            "copy_gb_per_s": roof.copy / 1e9,
-            "tflop_per_s": {k: v / 1e12 for k, v in roof.products.items()},
-        },
-        "cases": results,
-        "notes": notes(about, results, quick),
-    }
 
-
-def notes(about: dict, results: list[dict], quick: bool) -> list[str]:
-    """What a reader has to know: how it was measured, what was not, and what made it worse."""
-    lines = [*NOTES, *(GPU_NOTES if about["type"] == "cuda" else CPU_NOTES)]
-    absent = {(result["op"], name, why): None for result in results for name, why in result["absent"].items()}
-    lines += [f"Not measured for {op}: {name} ({why})." for op, name, why in absent]
-    uncaptured = {
-        (result["op"], peer["name"], peer["no_graph"]): None
-        for result in results
-        for peer in result["peers"]
-        if peer["no_graph"]
-    }
-    lines += [f"Not in a CUDA graph, {op}: {name} ({why})." for op, name, why in uncaptured]
-    if about["load"] > about["cpus"] / 2:
-        lines.append(
-            f"The machine was busy when the run began (load {about['load']:.1f} on {about['cpus']} CPUs): "
-            "the times are longer, and further apart, than on an idle one."
-        )
-    if quick:
-        lines.append("Smoke run with tiny sizes: the times mean nothing.")
-    return lines
+def each_peer(case: Case, use: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """Use every peer of a case: what came of it by name, who does not run here, and who failed; and why."""
+    done, absent, failed = {}, dict(case.absent), {}
+    for name in case.peers:
+        try:
+            done[name] = use(name)
+        except Exception as error:  # of a compiler, a launch, a driver: any type
+            bad = trusted(name) and not isinstance(error, Absent)
+            (failed if bad else absent)[name] = reason(error)
+    return done, absent, failed
 
 
 def measure_case(
@@ -113,48 +139,51 @@ def measure_case(
     extra: dict[str, int],  # bytes by peer, of a CPU
     seconds: float,
     progress: Callable[[float], object] = lambda fraction: None,
-    missing: tuple[type[Exception], ...] = (Absent,),
 ) -> dict[str, Any]:
     """Check every peer, time those that run here together, and put the figures of each side by side.
 
-    A peer whose check raises one of ``missing`` is left out, and listed with the reason.
-    """
-    errors, absent = {}, dict(case.absent)
-    for name in case.peers:
-        try:
-            errors[name] = case.check(name)
-        except missing as reason:
-            absent[name] = str(reason)
-    runs = {name: case.peers[name].run for name in errors}
-    if where.type == "cuda":
-        extra = {name: cuda.peak_extra(run, where) for name, run in runs.items()}
-    timers, no_graph = {}, {}
-    for name, run in runs.items():
-        modes, no_graph[name] = measure.timers(run, where)
-        timers |= {(name, mode): timer for mode, timer in modes.items()}
+    A peer that is wrong or does not run is left out, and listed with the reason under "absent", or under
+    "failed" if it has to be right.
 
+    Raises:
+        WrongResult: the official formula is among them: there is nothing to compare with.
+    """
+
+    def prepare(name: str) -> tuple[dict[str, float], int | None, dict[str, measure.Timer], str | None]:
+        errors, run = case.check(name), case.peers[name].run
+        peak = cuda.peak_extra(run, where) if where.type == "cuda" else extra.get(name)
+        return errors, peak, *measure.timers(run, where)
+
+    ready, absent, failed = each_peer(case, prepare)
+    if OFFICIAL not in ready:
+        raise WrongResult("; ".join(f"{name}: {why}" for name, why in (failed or absent).items()))
+    timers = {
+        (name, mode): timer for name, (_, _, modes, _) in ready.items() for mode, timer in modes.items()
+    }
     times = measure.interleave(timers, seconds, progress)
-    modes_of: dict[str, dict[str, dict[str, float]]] = {name: {} for name in runs}
+    modes_of: dict[str, dict[str, dict[str, float]]] = {name: {} for name in ready}
     for (name, mode), values in times.items():
         modes_of[name][mode] = measure.percentiles(values)
     cold = {name: modes[measure.COLD]["p50_ms"] for name, modes in modes_of.items()}
-    peers = [
-        {
-            "name": name,
-            "ours": name.startswith(OURS),
-            **modes[measure.COLD],
-            # Without launches, where they could be taken out.
-            "kernel_ms": modes.get(cuda.GRAPH_COLD, modes[measure.COLD])["p50_ms"],
-            "modes": modes,
-            "no_graph": no_graph[name],
-            "times_fastest": cold[name] / min(cold.values()),
-            "speedup_over_official": cold[OFFICIAL] / cold[name],
-            "extra_memory_mb": extra[name] / 1e6 if name in extra else None,
-            "product": case.peers[name].product,
-            "errors": errors[name],
-        }
-        for name, modes in modes_of.items()
-    ]
+    peers = []
+    for name, (errors, peak, _, no_graph) in ready.items():
+        modes = modes_of[name]
+        peers.append(
+            {
+                "name": name,
+                "ours": name.startswith(OURS),
+                **modes[measure.COLD],
+                # Without launches, where they could be taken out.
+                "kernel_ms": modes.get(cuda.GRAPH_COLD, modes[measure.COLD])["p50_ms"],
+                "modes": modes,
+                "no_graph": no_graph,
+                "times_fastest": cold[name] / min(cold.values()),
+                "speedup_over_official": cold[OFFICIAL] / cold[name],
+                "extra_memory_mb": None if peak is None else peak / 1e6,
+                "product": case.peers[name].product,
+                "errors": errors,
+            }
+        )
     return {
         "op": case.op,
         "label": case.label,
@@ -162,5 +191,6 @@ def measure_case(
         "bytes": case.bytes,
         "rounds": len(times[OFFICIAL, measure.COLD]),
         "absent": absent,
+        "failed": failed,
         "peers": sorted(peers, key=lambda peer: peer["p50_ms"]),
     }

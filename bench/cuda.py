@@ -6,12 +6,14 @@
 * ``graph, cold`` and ``graph, warm``: the call captured in a CUDA graph and replayed. A spinning kernel
   keeps the GPU busy until the replay is enqueued: device time alone, no launches in it.
 
-The L2 is emptied by rewriting a buffer of twice its size. A call that waits for the device or reads from
+The L2 is emptied by rewriting a buffer of twice its size, and then filled with lines that nothing has to
+write back: the call would pay for that. A call that waits for the device or reads from
 pageable memory cannot be captured, and says so.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -23,6 +25,7 @@ COLD, WARM, GRAPH_COLD, GRAPH_WARM = "cold", "warm", "graph, cold", "graph, warm
 # About 0.2 ms at 2 GHz: longer than the host needs to enqueue a graph of a few hundred kernels.
 SPIN_CYCLES = 400_000
 WARM_UPS = 3
+EMPTY_GRAPHS = 21
 
 Call = Callable[[], object]
 
@@ -81,13 +84,23 @@ def _between_events(run: Call) -> float:
 
 
 def flush_l2(device: torch.device) -> None:
-    """Enqueue the rewriting of twice the size of the L2."""
-    _flush_buffer(device).add_(1)
+    """Enqueue the rewriting of twice the size of the L2, and the reading of as much."""
+    rewritten, read, total = _flush_buffers(device)
+    rewritten.add_(1)
+    torch.sum(read, dim=0, out=total)
 
 
 @cache
-def _flush_buffer(device: torch.device) -> Tensor:
-    return torch.zeros(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4, device=device)
+def _flush_buffers(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    numel = 2 * torch.cuda.get_device_properties(device).L2_cache_size // 4
+    return *(torch.zeros(numel, device=device) for _ in range(2)), torch.zeros((), device=device)
+
+
+def empty_graph(device: torch.device) -> float:
+    """Median seconds of a graph of one kernel that does nothing: what every figure of a graph contains."""
+    graph = capture(lambda: torch.cuda._sleep(0), device)
+    timer = device_clock(graph.replay, device, prepare=lambda: flush_l2(device))
+    return statistics.median(timer() for _ in range(EMPTY_GRAPHS))
 
 
 def capture(run: Call, device: torch.device) -> torch.cuda.CUDAGraph:

@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in one command and under 8 minutes: ``python3 bench/gpu_check.py``.
 
-Builds the package in place, runs the tests marked ``gpu``, the kernels at small
-shapes under compute-sanitizer, and the benchmark; then prints one table. Needs
-no package registry: torch, triton, pytest, setuptools, pybind11 and ninja have
-to be there. A stage that fails or runs out of time does not stop the next one.
-Exits with 0 if all went well, 1 if a stage failed, 2 without a GPU.
+Builds the package in place and sees that its CUDA part was built; checks and
+times every op, a process each; runs the tests marked ``gpu``, the kernels at small
+shapes, plain and under compute-sanitizer, and a whole training step; prints one table.
+Needs no package registry: torch, triton, pytest, setuptools, pybind11 and ninja
+have to be there. A stage that fails or runs out of time does not stop the next
+one, and what was found is written after each. Exits with 0 if all went well, 1
+if a stage failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -17,13 +19,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# As a script it has bench/ on its path, where torch would take bench/cuda.py for the package cuda.
+sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT / "bench"]
+
 LIMIT = 470.0  # seconds for everything
+GRACE = 5.0  # seconds between SIGINT, at which pytest says what failed, and SIGKILL
+CUDA_BIN = "/usr/local/cuda/bin"  # of nvcc and compute-sanitizer, where PATH leaves it out
 REFERENCE = "moco_fast reference"  # PyTorch, whose times say nothing of the kernels
 
 # What the kernels are built to reach on an H200, in us: op, start of the label of its case.
@@ -34,18 +43,44 @@ AIMS = {
     ("ema_update_", "resnet50 with MLP"): 85,
     ("fused step", "SGD + EMA"): 200,
     ("nt_xent", "2N=8192,"): 100,
-    ("two_crops", ""): 150,
 }
+
+
+# Ops of the benchmark, those with an aim first, and the seconds of each; a start takes about six of them.
+OPS = {
+    "info_nce": 18,
+    "ema_update_": 10,
+    "fused step": 12,
+    "nt_xent": 12,
+    "contrast": 14,
+    "dino": 16,
+    "enqueue_": 9,
+    "split_batch_norm": 24,
+    "take_rows": 10,
+}
+NATIVE = """
+from moco_fast import native
+assert native._C and native._C.has_cuda, native.unavailable() or native.build_info()
+assert native._C.cuda_devices(), "its CUDA runtime finds no device"
+print(native._C.cuda_devices())
+"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with a time limit; ``tool`` is an executable it cannot do without."""
+    """A command and the seconds it may take; what it leaves of them those after it may use.
+
+    Attributes:
+        tool: an executable it cannot do without.
+        least: seconds without which it is left out, which is no failure.
+    """
 
     name: str
     command: Sequence[str]
-    limit: float
+    seconds: float
     tool: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +88,8 @@ class Row:
     """A line of the table."""
 
     check: str
-    result: str  # of a stage: passed, failed, out of time, absent; of an aim: met, missed, not measured
+    # Of a stage: passed, failed, out of time, absent, left out. Of an aim: met, missed, not measured.
+    result: str
     seconds: float | None = None
     figure: str = ""
     aim: str = ""
@@ -63,26 +99,61 @@ class Row:
         return self.result in ("failed", "out of time")
 
 
-def stages(out: Path) -> list[Stage]:
-    """What is run, in order."""
-    python = sys.executable
+def stages(out: Path, figures: Path) -> list[Stage]:
+    """What is run, in order: first what most depends on.
+
+    Args:
+        out: where results go.
+        figures: where the processes of the benchmark add up theirs.
+    """
+    python, module = sys.executable, [sys.executable, "-m"]
     offline = ("--no-index", "--no-deps", "--no-build-isolation")
-    sanitizer = "compute-sanitizer"
+    bench = [*module, "bench", "--device", "cuda", "--own"]
+    timing = ["--seconds", "1.5", "--add", "--out", str(figures)]
     # Most of the tests' time goes into compiling kernels, which several processes do at once.
-    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    # Names of failed tests as they fail, and last of all; a file that cannot be imported stops no other.
+    verbose = ["-v", "--tb=short", "-rfE", "--continue-on-collection-errors"]
+    sanitizer = "compute-sanitizer"
+    # In the blocks of torch's allocator nothing is out of bounds; probing for an API is no error.
+    tools = {
+        "memcheck": (["--report-api-errors", "no"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        "racecheck": ([], {}),
+    }
     return [
-        Stage("build", [python, "-m", "pip", "install", "--quiet", *offline, "--editable", "."], 170),
-        Stage("tests", [python, "-m", "pytest", "tests", "-m", "gpu", "-q", *parallel], 200),
+        Stage("build", [*module, "pip", "install", "--quiet", *offline, "--editable", "."], 65),
+        Stage("CUDA part", [python, "-c", NATIVE], 15),
+        # All results against float64, several ops at once: it compiles the kernels that are timed next.
+        Stage("results", [*module, "bench.each", "9", *bench, "--check", "--ops"], 75),
+        *(Stage(f"time {op}", [*bench, *timing, "--ops", op], seconds) for op, seconds in OPS.items()),
+        Stage(
+            "tests",
+            [*module, "pytest", "tests", "-m", "gpu", *verbose, *parallel],
+            85,
+            environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},  # without it deterministic products raise
+        ),
+        # The sanitizers find the kernels compiled.
+        Stage("small shapes", [*module, "bench.each", "9", *module, "bench.sanitize", "--ops"], 30),
         *(
             Stage(
                 tool,
-                [sanitizer, "--tool", tool, "--error-exitcode", "1", python, "-m", "bench.sanitize"],
-                70,
+                [
+                    *(*module, "bench.each", "4"),
+                    *(sanitizer, "--tool", tool, *options, "--error-exitcode", "1"),
+                    *(*module, "bench.sanitize", "--ops"),
+                ],
+                30,
                 sanitizer,
+                environment,
             )
-            for tool in ("memcheck", "racecheck")
+            for tool, (options, environment) in tools.items()
         ),
-        Stage("benchmark", [python, "-m", "bench", "--device", "cuda", "--out", str(out)], 240),
+        Stage(
+            "training step",
+            [*module, "bench.step", "--device", "cuda", "--configs", "resnet50-256-bf16", "--out", str(out)],
+            15,
+            least=45,
+        ),
     ]
 
 
@@ -93,35 +164,45 @@ def gpu() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def run(stage: Stage, remaining: float, log: Path) -> Row:
-    """Run one stage, its output to the log."""
-    if stage.tool and not shutil.which(stage.tool):
+def run(stage: Stage, limit: float, log: Path) -> Row:
+    """Run one stage, its output to the log, for at most ``limit`` seconds."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), CUDA_BIN])
+    if stage.tool and not shutil.which(stage.tool, path=path):
         return Row(stage.name, "absent", figure=f"{stage.tool} is not installed")
-    limit = min(stage.limit, remaining)
+    if limit < stage.least:
+        return Row(stage.name, "left out", 0.0, f"{limit:.0f} s were left, it needs {stage.least:.0f}")
     if limit < 1:
         return Row(stage.name, "out of time", 0.0, "no time was left to start it")
     begin = time.monotonic()
+    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **stage.environment}
     with log.open("a+", encoding="utf-8", errors="replace") as stream:
         stream.write(f"\n===== {stage.name}: {' '.join(stage.command)}\n")
         stream.flush()
         start = stream.tell()
         # A session of its own, so that what the command started ends with it.
         process = subprocess.Popen(
-            stage.command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            stage.command,
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
-            code = process.wait(limit)
-            result = "failed" if code else "passed"
+            result = "failed" if process.wait(limit) else "passed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             result = "out of time"
+            os.killpg(process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         stream.seek(start)
         lines = [line.strip() for line in stream.read().splitlines() if line.strip()]
-    figure = lines[-1][:100] if lines else ""
-    if result == "failed":
+    if result != "passed":
         print("\n".join(lines[-25:]))
-    return Row(stage.name, result, time.monotonic() - begin, figure)
+    return Row(stage.name, result, time.monotonic() - begin, lines[-1][:100] if lines else "")
 
 
 def against_aims(cases: list[dict]) -> Iterator[Row]:
@@ -153,19 +234,24 @@ def table(rows: list[Row]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def benchmark_cases(out: Path, since: float) -> list[dict]:
-    """Cases of the benchmark's report in ``out``; none if none was written since then."""
-    for path in out.glob("*.json"):
-        report = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_mtime >= since else {}
-        if "cases" in report:
-            return report["cases"]
-    return []
+def collect_figures(figures: Path, out: Path) -> list[dict]:
+    """Copy what the benchmark has written so far, and return its cases."""
+    found = []
+    for path in (*figures.glob("[!.]*.json"), *figures.glob("[!.]*.png")):  # .* is being written
+        shutil.copy(path, out)
+        if path.suffix == ".json":
+            found += json.loads(path.read_text(encoding="utf-8"))["cases"]
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run all stages, print the table, return the exit code."""
+    begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", metavar="DIR")
+    default = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
+    parser.add_argument(
+        "--out", type=Path, default=default, metavar="DIR", help="default: $OUT, or build/gpu-check"
+    )
     out = parser.parse_args(arguments).out.resolve()
     name = gpu()
     if name is None:
@@ -174,17 +260,18 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu-check.log"
     log.write_text("", encoding="utf-8")
-    started = log.stat().st_mtime
-    begin = time.monotonic()
-    rows = []
-    for stage in stages(out):
-        print(f"{stage.name} ...", flush=True)
-        rows.append(run(stage, LIMIT - (time.monotonic() - begin), log))
-        print(f"{stage.name}: {rows[-1].result}", flush=True)
-    rows += against_aims(benchmark_cases(out, started))
-    (out / "gpu-check.json").write_text(
-        json.dumps({"gpu": name, "rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8"
-    )
+    done: list[Row] = []
+    due = begin
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder)
+        for stage in stages(out, figures):
+            print(f"{stage.name} ...", flush=True)
+            due += stage.seconds
+            done.append(run(stage, due - time.monotonic(), log))
+            print(f"{stage.name}: {done[-1].result}", flush=True)
+            rows = [*done, *against_aims(collect_figures(figures, out))]
+            text = json.dumps({"gpu": name, "rows": [asdict(row) for row in rows]}, indent=2)
+            (out / "gpu-check.json").write_text(text + "\n", encoding="utf-8")
     print(f"\n{name}, {time.monotonic() - begin:.0f} s; report and log in {out}\n\n{table(rows)}")
     return int(any(row.bad for row in rows))
 

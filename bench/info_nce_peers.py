@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import cuda
+from bench.compiling import compile_later
 from moco_fast import reference
 
 BLOCKED, COMPILED, LIGHTLY = "blocked torch.mm", "torch.compile", "lightly NTXentLoss"
@@ -83,7 +84,7 @@ def autocast(x: Inputs) -> tuple[Tensor, Tensor]:
 
 def compiled() -> Run:
     """The official formula compiled for the shapes of its first call."""
-    loss_of = torch.compile(official_loss, fullgraph=True, dynamic=False)
+    loss_of = compile_later(official_loss, fullgraph=True, dynamic=False)
 
     def run(x: Inputs) -> tuple[Tensor, Tensor]:
         loss = loss_of(x.q, x.k, x.buffer, x.temperature)
@@ -145,10 +146,13 @@ def flash(q: Tensor, queue: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def flex() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    from torch.nn.attention.flex_attention import flex_attention
+    @cache
+    def attend() -> Callable:
+        from torch.nn.attention.flex_attention import flex_attention
 
-    attend = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    return lambda q, queue, scale: attend(q, queue, queue, scale=scale, return_lse=True)
+        return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+    return lambda q, queue, scale: attend()(q, queue, queue, scale=scale, return_lse=True)
 
 
 def from_lse(lse_of: Callable[[Tensor, Tensor], Tensor]) -> Run:

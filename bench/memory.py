@@ -8,7 +8,7 @@ from the new peak (``VmHWM``). Buffers that a library keeps from one call to the
 next are not counted; pages are, so figures below 1 MB are noise.
 
 All of this is for the CPU; on a GPU torch's allocator counts (``bench/cuda.py::peak_extra``).
-``python -m bench.memory [--quick]`` prints a line of JSON per op.
+``python -m bench.memory [--quick] [--own] OP...`` prints a line of JSON per op.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def by_op(quick: bool) -> Iterator[tuple[str, dict[str, dict[str, int]]]]:
+def by_op(quick: bool, own: bool, ops: Sequence[str]) -> Iterator[tuple[str, dict[str, dict[str, int]]]]:
     """Yield each op and the peak extra bytes of its peers, by label of the case; the process is a fresh one.
 
     Yields nothing where the kernel or the C library offers no way to measure it.
@@ -55,7 +55,8 @@ def by_op(quick: bool) -> Iterator[tuple[str, dict[str, dict[str, int]]]]:
     """
     if not CLEAR_REFS.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         return
-    command = [sys.executable, "-m", "bench.memory", *(["--quick"] if quick else [])]
+    flags = [*(["--quick"] if quick else []), *(["--own"] if own else [])]
+    command = [sys.executable, "-m", "bench.memory", *flags, *ops]
     root = Path(__file__).resolve().parent.parent
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -68,12 +69,13 @@ def by_op(quick: bool) -> Iterator[tuple[str, dict[str, dict[str, int]]]]:
 
 def main() -> None:
     from bench import measure
-    from bench.ops import OPS
+    from bench.ops import cases
 
     measure.use_threads()
-    for op, module in OPS.items():
+    quick, own = "--quick" in sys.argv[1:], "--own" in sys.argv[1:]
+    for op in (word for word in sys.argv[1:] if not word.startswith("--")):
         figures: dict[str, dict[str, int]] = {}
-        for case in module.cases("--quick" in sys.argv[1:], torch.device("cpu")):
+        for case in cases(op, quick, torch.device("cpu"), own):
             figures[case.label] = {}
             for name, peer in case.peers.items():
                 with suppress(Exception):  # why it fails is told where it is checked

@@ -1,5 +1,9 @@
 """What is measured: module by name; each offers ``cases(quick, device)``."""
 
+from collections.abc import Iterator
+
+import torch
+
 from bench import (
     bench_contrast,
     bench_dino,
@@ -11,6 +15,7 @@ from bench import (
     bench_split_batch_norm,
     bench_take_rows,
 )
+from bench.case import Case
 
 OPS = {
     "info_nce": bench_info_nce,
@@ -23,3 +28,9 @@ OPS = {
     "split_batch_norm": bench_split_batch_norm,
     "take_rows": bench_take_rows,
 }
+
+
+def cases(op: str, quick: bool, device: torch.device, own: bool) -> Iterator[Case]:
+    """The cases of an op, one at a time; ``own`` leaves out other people's ways, which then never run."""
+    for case in OPS[op].cases(quick, device):
+        yield case.own() if own else case

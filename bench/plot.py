@@ -21,8 +21,8 @@ COLUMNS = 2
 def plot(path: Path, report: dict) -> None:
     """Write the picture of a report."""
     cases = report["cases"]
-    rows = math.ceil(len(cases) / COLUMNS)
-    height = 0.9 + rows * max(2.7, 0.4 * max(len(case["peers"]) for case in cases))
+    rows = max(1, math.ceil(len(cases) / COLUMNS))
+    height = 0.9 + rows * max(2.7, 0.4 * max((len(case["peers"]) for case in cases), default=0))
     figure, grid = plt.subplots(rows, COLUMNS, figsize=(13, height), squeeze=False, layout="constrained")
     panels = list(grid.flat)
     for axes, case in zip(panels, cases, strict=False):

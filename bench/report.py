@@ -10,6 +10,8 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from moco_fast import files
+
 RESULTS = Path(__file__).parent / "results"
 SMOKE = Path(__file__).parents[1] / "build" / "bench"
 
@@ -170,5 +172,5 @@ def markdown_table(table: Table) -> str:
 
 
 def write_json(path: Path, report: dict) -> None:
-    """Write every figure."""
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    """Write every figure, whole or not at all: a run that is killed leaves what it wrote before."""
+    files.write_text(path, json.dumps(report, indent=2) + "\n")

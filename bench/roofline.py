@@ -21,7 +21,7 @@ class Roofline:
 
     def raised_by(self, other: Roofline) -> Roofline:
         """The higher of two roofs in every figure: a busy moment must not lower it."""
-        products = {name: max(rate, other.products[name]) for name, rate in self.products.items()}
+        products = {name: max(rate, self.products.get(name, 0.0)) for name, rate in other.products.items()}
         return Roofline(max(self.copy, other.copy), products)
 
     def share(self, flops: float, nbytes: float, product: str, seconds: float) -> float:

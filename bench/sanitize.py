@@ -1,89 +1,145 @@
-"""Every GPU kernel of the library once or twice at small odd shapes: what compute-sanitizer is run on.
+"""Every GPU kernel of the library at small odd shapes: what compute-sanitizer is run on.
 
-``compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.sanitize``
+``compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.sanitize [--ops OP...]``, with
+``PYTORCH_NO_CUDA_MEMORY_CACHING=1``: in the blocks of torch's allocator nothing is out of bounds.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import moco_fast
-from bench.bench_fused_step import OPTIMIZERS, FusedStep
 from bench.case import serving
 
-SHAPES = [(5, 257, 37), (37, 1000, 128)]  # N, K, C: no multiple of a tile, and one that is
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRECISIONS = ("highest", "high", "medium")
+# N, K, C and dtype. Of every class of tiles one, and no multiple of a tile: addresses depend on no more.
+INPUTS = [((37, 257, 37), torch.float32), ((70, 1000, 128), torch.bfloat16)]
+PRECISIONS = ("highest", "high")
+# N, C and the rest, dtype, channels-last
+BATCHES = [
+    (shape, dtype, last)
+    for shape in ((6, 37, 5, 7), (260, 70), (4, 3, 33, 40))
+    for dtype, last in ((torch.float32, False), (torch.bfloat16, True))
+]
+TENSORS = 900  # more than a launch of a kernel over lists of tensors takes
 
 
-def kernels(op: str, *tensors: Tensor) -> list[str]:
+def rows(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
+    """Queries (N, C) with a gradient, keys (N, C), a queue (K, C) and a precision."""
+    for ((n, k, c), dtype), precision in product(INPUTS, PRECISIONS):
+        q, keys = torch.randn(2, n, c, device=device, dtype=dtype)
+        yield q.requires_grad_(), keys, F.normalize(torch.randn(k, c, device=device), dim=1), precision
+
+
+def info_nce(device: torch.device) -> None:
+    for q, keys, queue, precision in rows(device):
+        moco_fast.info_nce(q, keys, queue, precision=precision, return_stats=True)[0].backward()
+
+
+def nt_xent(device: torch.device) -> None:
+    for q, keys, _, precision in rows(device):
+        moco_fast.nt_xent(q, keys.requires_grad_(), 0.1, precision=precision).backward()
+
+
+def contrast(device: torch.device) -> None:
+    for q, keys, _, precision in rows(device):
+        moco_fast.contrast(q, keys.requires_grad_(), 0.1, precision=precision).backward()
+
+
+def dino(device: torch.device) -> None:
+    for q, keys, queue, precision in rows(device):
+        prototypes, center = queue.clone().requires_grad_(), torch.randn(len(queue), device=device)
+        moco_fast.dino(q, keys, prototypes, queue, center, precision=precision).backward()
+
+
+def tensors(device: torch.device) -> list[Tensor]:
+    """Some of each kind: small, of odd sizes, of several blocks, a view off its alignment, and many."""
+    shapes = [(37,), (5, 3, 3, 3), (1000, 70), *[(3,)] * TENSORS]
+    return [torch.randn(9001, device=device)[1:], *(torch.randn(shape, device=device) for shape in shapes)]
+
+
+def ema_update_(device: torch.device) -> None:
+    sources = tensors(device)
+    moco_fast.ema_update_([source.clone() for source in sources], sources, 0.99)
+    low = [source.bfloat16() for source in sources]
+    moco_fast.ema_update_(low, sources, 0.99, masters=[source.clone() for source in sources])
+
+
+def fused_step(device: torch.device) -> None:
+    for make in (moco_fast.SGD, moco_fast.AdamW, moco_fast.LARS):
+        params = tensors(device)
+        keys = [param.clone() for param in params]
+        for param in params:
+            param.requires_grad_().grad = torch.randn_like(param)
+        options = {} if make is moco_fast.AdamW else {"momentum": 0.9}
+        optimizer = make(params, lr=0.1, **options, ema=list(zip(keys, params, strict=True)))
+        optimizer.step()
+        optimizer.step()  # with a momentum
+
+
+def enqueue_(device: torch.device) -> None:
+    for _, keys, queue, _ in rows(device):
+        ptr = torch.tensor([len(queue) - 2], device=device)  # wraps
+        order = torch.arange(len(keys), device=device)
+        moco_fast.enqueue_(queue, ptr, keys, queue.half(), order)
+
+
+def split_batch_norm(device: torch.device) -> None:
+    for shape, dtype, last in BATCHES:
+        x = torch.randn(shape, device=device, dtype=dtype)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+        weight, bias = torch.randn(2, shape[1], device=device)
+        inputs = [t.requires_grad_() for t in (x, weight, bias)]
+        moco_fast.split_batch_norm(*inputs, 2)[0].square().sum().backward()
+
+
+def take_rows(device: torch.device) -> None:
+    for _, keys, queue, _ in rows(device):
+        moco_fast.take_rows(queue, torch.randint(len(queue), (len(keys),), device=device))
+
+
+# By name in bench/ops.py: the calls, and the op whose backends they run on.
+CALLS = {
+    "info_nce": (info_nce, "info_nce"),
+    "nt_xent": (nt_xent, "nt_xent"),
+    "contrast": (contrast, "contrast"),
+    "dino": (dino, "dino"),
+    "ema_update_": (ema_update_, "ema_update_"),
+    "fused step": (fused_step, "sgd_"),
+    "enqueue_": (enqueue_, "enqueue_"),
+    "split_batch_norm": (split_batch_norm, "split_batch_norm"),
+    "take_rows": (take_rows, "take_rows"),
+}
+
+
+def kernels(op: str, device: torch.device) -> list[str]:
     """Backends with kernels of ours; the reference is PyTorch's own."""
-    return [name for name in serving(op, tensors)[0] if name != "reference"]
+    return [name for name in serving(op, [torch.empty(1, 1, device=device)])[0] if name != "reference"]
 
 
-def main() -> None:
-    """Call everything, wait, and say how much that was."""
-    device = torch.device("cuda")
-    calls = 0
-    for n, k, c in SHAPES:
-        for dtype in DTYPES:
-            q = torch.randn(n, c, device=device, dtype=dtype, requires_grad=True)
-            keys = torch.randn(n, c, device=device, dtype=dtype)
-            queue = torch.nn.functional.normalize(torch.randn(k, c, device=device), dim=1)
-            for name in kernels("info_nce", q, keys, queue):
-                for precision in PRECISIONS:
-                    with moco_fast.use_backend(name):
-                        loss, _ = moco_fast.info_nce(q, keys, queue, precision=precision, return_stats=True)
-                        loss.backward()
-                    calls += 1
-            trained = keys.clone().requires_grad_()  # both take a gradient to either side
-            for op, loss_of in (("nt_xent", moco_fast.nt_xent), ("contrast", moco_fast.contrast)):
-                for name in kernels(op, q, keys):
-                    for precision in PRECISIONS:
-                        with moco_fast.use_backend(name):
-                            loss_of(q, trained, 0.1, precision=precision).backward()
-                        calls += 1
-            center = torch.randn(k, device=device)
-            prototypes = queue.clone().requires_grad_()
-            for name in kernels("dino", q, keys, queue):
-                for precision in PRECISIONS:
-                    with moco_fast.use_backend(name):
-                        moco_fast.dino(q, keys, prototypes, queue, center, precision=precision).backward()
-                    calls += 1
-            for name in kernels("ema_update_", keys):
-                with moco_fast.use_backend(name):
-                    moco_fast.ema_update_([keys, keys[0].clone()], [q.detach(), q.detach()[0]], 0.99)
-                calls += 1
-            for name in kernels("enqueue_", queue, keys):
-                ptr = torch.tensor([k - 2], device=device)
-                with moco_fast.use_backend(name):
-                    moco_fast.enqueue_(queue, ptr, keys, queue.half(), torch.arange(len(keys), device=device))
-                calls += 1
-            for name in kernels("take_rows", queue):
-                with moco_fast.use_backend(name):
-                    moco_fast.take_rows(queue, torch.randint(len(queue), (n,), device=device))
-                calls += 1
-    for shape in ((6, 37, 5, 7), (260, 70), (4, 3, 33, 40)):
-        for dtype in DTYPES:
-            for last in (False, True):
-                x = torch.randn(shape, device=device, dtype=dtype)
-                x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
-                x.requires_grad_()
-                weight, bias = (torch.randn(shape[1], device=device, requires_grad=True) for _ in range(2))
-                for name in kernels("split_batch_norm", x):
-                    with moco_fast.use_backend(name):
-                        moco_fast.split_batch_norm(x, weight, bias, 2)[0].square().sum().backward()
-                    calls += 2
-    start = [torch.randn(shape, device=device) for shape in ((37,), (5, 3, 3, 3), (1000, 7))]
-    for optimizer in OPTIMIZERS:
-        for name in kernels(f"{optimizer.lower()}_", *start) if hasattr(moco_fast, optimizer) else ():
-            step = FusedStep(start, optimizer, name)
-            step.run()
-            step.run()  # with a momentum
-            calls += 2
-    torch.cuda.synchronize()
-    print(f"{calls} calls of GPU kernels")
+def main(arguments: list[str] | None = None) -> None:
+    """Call everything on every backend that has kernels for it, and wait."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="whose kernels")
+    parser.add_argument("--ops", nargs="+", choices=CALLS, default=list(CALLS), metavar="OP")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    for name in options.ops:
+        calls, op = CALLS[name]
+        backends = kernels(op, device)
+        if not backends:
+            raise SystemExit(f"no kernels of {name} on {device}")
+        for backend in backends:
+            with moco_fast.use_backend(backend):
+                calls(device)
+            print(f"called {name} on {device}, {backend}")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

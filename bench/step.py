@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import moco_fast
 from bench import cuda, device, measure, memory, report, stages, step_plot
-from bench.case import OURS, WrongResult
+from bench.case import OURS, WrongResult, reason
 from bench.eager_moco import EagerMoCo
 from moco_fast.models.backbones import SMALL_RESNET, backbone
 
@@ -56,6 +56,11 @@ class Config:
     def __str__(self) -> str:
         kind = "bf16 autocast, channels_last" if self.bf16 else "fp32"
         return f"{self.arch}, N={self.batch}, {self.pixels} px, K={self.slots}, {kind}"
+
+    @property
+    def name(self) -> str:
+        """What ``--configs`` calls it."""
+        return f"{self.arch}-{self.batch}{'-bf16' if self.bf16 else ''}"
 
 
 GPU_CONFIGS = [
@@ -143,15 +148,24 @@ class Step:
 def measure_config(config: Config, where: torch.device, seconds: float) -> dict:
     """Time all ways of one size, and take each apart.
 
-    Raises:
-        WrongResult: the first losses differ by more than rounding.
+    A way that fails, or whose first loss is not the official one to rounding, is listed under "failed".
+    What all are compared with has to run.
     """
-    steps = {name: Step(name, config, where) for name in WAYS}
-    first = {name: float(step()) for name, step in steps.items() if name != BARE}
+    steps, failed = {name: Step(name, config, where) for name in (BARE, EAGER)}, {}
     steps[BARE]()
-    for name, loss in first.items():
-        if not abs(loss / first[EAGER] - 1) < (3e-2 if config.bf16 else 1e-3):
-            raise WrongResult(f"{config}: the loss of {name} is {loss}, that of {EAGER} {first[EAGER]}")
+    official = float(steps[EAGER]())
+    for name in WAYS:
+        if name in steps:
+            continue
+        try:
+            step = Step(name, config, where)
+            loss = float(step())
+            if not abs(loss / official - 1) < (3e-2 if config.bf16 else 1e-3):
+                raise WrongResult(f"its loss is {loss}, that of {EAGER} {official}")
+            steps[name] = step
+        except Exception as error:  # of a compiler, a launch, a driver: any type
+            failed[name] = reason(error)
+    steps = {name: steps[name] for name in WAYS if name in steps}
 
     times = measure.interleave({name: step.timer() for name, step in steps.items()}, seconds)
     spread = {name: measure.percentiles(values) for name, values in times.items()}
@@ -170,7 +184,13 @@ def measure_config(config: Config, where: torch.device, seconds: float) -> dict:
                 "host_gaps_ms": None if busy is None else max(middle - busy * 1e3, 0.0),
             }
         )
-    return {"config": vars(config), "label": str(config), "rounds": len(times[BARE]), "ways": ways}
+    return {
+        "config": vars(config),
+        "label": str(config),
+        "rounds": len(times[BARE]),
+        "ways": ways,
+        "failed": [f"{config}: {name}: {why}" for name, why in failed.items()],
+    }
 
 
 def peak_extra(step: Step, where: torch.device) -> int:
@@ -200,10 +220,24 @@ def table(result: dict) -> Table:
     return shown
 
 
+def chosen(names: list[str] | None, quick: bool, where: torch.device) -> list[Config]:
+    """The configs of a device, or those of these names.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    configs = QUICK_CONFIGS if quick else GPU_CONFIGS if where.type == "cuda" else CPU_CONFIGS
+    known = {config.name: config for config in configs}
+    if unknown := set(names or ()) - known.keys():
+        raise ValueError(f"no config {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the tables, write the JSON and the picture."""
+    """Measure, print the tables, write the JSON and the picture; the JSON after every config."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to measure")
+    parser.add_argument("--configs", nargs="+", metavar="NAME", help="only these, as resnet50-256-bf16")
     report.add_options(parser)
     options = parser.parse_args(arguments)
     console = Console()
@@ -212,25 +246,33 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True  # fixed shapes, as in training
     try:
         where = device.pick(options.device)
-        configs = QUICK_CONFIGS if options.quick else GPU_CONFIGS if where.type == "cuda" else CPU_CONFIGS
-        about, results = device.describe(measure.use_threads(), where), []
+        configs = chosen(options.configs, options.quick, where)
+        about = device.describe(measure.use_threads(), where)
+        base = report.folder(options) / f"{about['name']}-step"
+        figures = {"device": about, "quick": options.quick, "configs": [], "failed": []}
         with Progress(console=console) as progress:
             task = progress.add_task("", total=len(configs))
             for config in configs:
                 progress.update(task, description=str(config))
-                results.append(measure_config(config, where, QUICK_SECONDS if options.quick else SECONDS))
+                try:
+                    result = measure_config(config, where, QUICK_SECONDS if options.quick else SECONDS)
+                    figures["failed"] += result.pop("failed")
+                    figures["configs"].append(result)
+                except Exception as error:  # of a compiler, a launch, a driver: any type
+                    figures["failed"].append(f"{config}: {reason(error)}")
+                report.write_json(base.with_suffix(".json"), figures)
                 progress.advance(task)
-    except (OSError, ValueError, WrongResult) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"python -m bench.step: {error}") from error
 
     console.print(f"{about['processor']}; torch {about['torch']}; stages in ms", highlight=False)
-    for result in results:
+    for result in figures["configs"]:
         console.print(table(result))
-    base = report.folder(options) / f"{about['name']}-step"
-    figures = {"device": about, "quick": options.quick, "configs": results}
-    report.write_json(base.with_suffix(".json"), figures)
-    step_plot.plot(base.with_suffix(".png"), figures)
-    console.print(f"wrote {base}.json and {base}.png")
+    if figures["configs"]:
+        step_plot.plot(base.with_suffix(".png"), figures)
+    console.print(f"wrote {base}.json")
+    if figures["failed"]:
+        raise SystemExit("\n".join(["python -m bench.step: failed:", *figures["failed"]]))
 
 
 if __name__ == "__main__":

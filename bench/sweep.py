@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator
 from rich.progress import Progress
 
 from bench import bench_info_nce, device, measure, report
-from bench.case import OFFICIAL, OURS, Absent, WrongResult
+from bench.case import OFFICIAL, OURS
 from bench.collect import measure_case
 
 SECONDS = 0.5  # of timing per point
@@ -70,8 +70,9 @@ def _point(at: dict, where: torch.device, seconds: float) -> tuple[dict[str, flo
     size = at["N"], at["K"], at["C"]
     case = bench_info_nce.case.__wrapped__(size, where, at["T"])
     # Wrong at one end of a sweep is a finding, not the end of the run.
-    result = measure_case(case, where, {}, seconds, missing=(Absent, WrongResult))
-    return {peer["name"]: peer["kernel_ms"] for peer in result["peers"]}, result["absent"]
+    result = measure_case(case, where, {}, seconds)
+    reasons = result["absent"] | result["failed"]
+    return {peer["name"]: peer["kernel_ms"] for peer in result["peers"]}, reasons
 
 
 def plot(path: Path, figures: dict) -> None:

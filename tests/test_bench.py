@@ -16,10 +16,13 @@ pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+import moco_fast  # noqa: E402
 from bench import __main__, info_nce_peers, memory, report, sweep  # noqa: E402
 from bench.case import OFFICIAL, OURS  # noqa: E402
+from bench.findings import Findings  # noqa: E402
 from bench.measure import LEAST_ROUNDS  # noqa: E402
 from bench.ops import OPS  # noqa: E402
+from bench.plot import plot  # noqa: E402
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 README = f"# Title\n\n{BEGIN}\nold figures\n{END}\nafter\n"
@@ -84,6 +87,59 @@ def test_readme_without_markers_is_refused_before_measuring(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match=r"readme must hold <!-- bench:begin --> and.*README.md does not"):
         __main__.main(["--quick", "--out", str(tmp_path), "--readme", str(path)])
     assert path.read_text() == text
+
+
+def test_ops_one_after_the_other_in_one_report(tmp_path, monkeypatch):
+    """A crash costs one peer and the exit code; what other runs measured stays, and fails no later one."""
+    monkeypatch.setattr(memory, "by_op", lambda *arguments: [])
+    monkeypatch.setattr(moco_fast, "take_rows", lambda *arguments: 1 / 0)
+    run = ["--quick", "--device", "cpu", "--own", "--seconds", "1e-6", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=rf"take_rows, N=8.*{REFERENCE}: ZeroDivisionError: division"):
+        __main__.main([*run, "--ops", "take_rows"])
+    (path,) = tmp_path.glob("*.json")
+    assert [len(case["peers"]) for case in json.loads(path.read_text())["cases"]] == [1]
+    __main__.main([*run, "--add", "--ops", "enqueue_"])
+    figures = json.loads(path.read_text())
+    assert [case["op"] for case in figures["cases"]] == ["enqueue_", "take_rows"]
+    assert len(figures["cases"][0]["peers"]) > 1
+    assert any(
+        note.startswith(f"FAILED: take_rows, N=8, 3x9x9 uint8: {REFERENCE}") for note in figures["notes"]
+    )
+    assert path.with_suffix(".png").exists()
+    __main__.main([*run, "--ops", "enqueue_"])
+    assert [case["op"] for case in json.loads(path.read_text())["cases"]] == ["enqueue_"]
+
+
+def test_checking_alone(monkeypatch):
+    monkeypatch.setattr(moco_fast, "take_rows", lambda *arguments: 1 / 0)
+    run = ["--quick", "--device", "cpu", "--own", "--check", "--ops"]
+    __main__.main([*run, "enqueue_"])
+    with pytest.raises(SystemExit, match="take_rows, N=8, 3x9x9 uint8: moco_fast"):
+        __main__.main([*run, "take_rows"])
+
+
+def test_a_run_without_any_result_has_a_report(tmp_path):
+    figures = Findings({"name": "d", "type": "cpu", "processor": "p", "load": 0, "cpus": 1}, True).report(
+        True
+    )
+    figures["device"] |= {"moco_fast": "0", "commit": None, "torch": "2", "python": "3", "date": ""}
+    plot(tmp_path / "none.png", figures)
+    assert "p; copy 0.0 GB/s" in report.markdown(figures)
+
+
+def test_a_write_that_is_killed_leaves_the_figures_before_it(tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    report.write_json(path, {"cases": [1]})
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        report.write_json(path, {"cases": [1, 2]})
+    assert json.loads(path.read_text()) == {"cases": [1]} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("option", [["--own"], ["--ops", "dino"], ["--sweep"]])
+def test_the_readme_takes_whole_runs_only(tmp_path, option):
+    with pytest.raises(SystemExit):
+        __main__.main(["--quick", "--readme", str(tmp_path / "README.md"), *option])
 
 
 def test_smoke_runs_leave_measured_results_alone():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("torchvision")
 pytest.importorskip("rich")
@@ -119,6 +120,40 @@ def test_a_gpu_case_has_all_modes_in_its_report(monkeypatch):
     roof = {"copy_gb_per_s": 4e3, "tflop_per_s": {"fp32": 0.5, "fp16": 700.0}}
     text = report.markdown({"device": about, "roofline": roof, "cases": [result], "notes": []})
     assert "| warm | graph, cold | graph, warm |" in text and "500 GFLOP/s fp32, 700 TFLOP/s fp16" in text
+
+
+def test_the_flush_leaves_nothing_to_be_written_back(monkeypatch):
+    """First twice the L2 is rewritten, then as much of another buffer is read."""
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append((op.overloadpacket.__name__, args[0].data_ptr(), args[0].nbytes))
+            return op(*args, **(kwargs or {}))
+
+    size = SimpleNamespace(L2_cache_size=4096)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: size)
+    cuda._flush_buffers.cache_clear()
+    seen = []
+    cuda.flush_l2(torch.device("cpu"))
+    with Watched():
+        cuda.flush_l2(torch.device("cpu"))
+    cuda._flush_buffers.cache_clear()
+    (write, written, size_written), (read, is_read, size_read) = seen
+    assert (write, read) == ("add_", "sum") and written != is_read and size_written == size_read == 8192
+
+
+def test_what_an_empty_graph_takes(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    assert cuda.empty_graph(GPU) == 2e-3
+    begin, end = gpu.calls.index("capture begins"), gpu.calls.index("capture ends")
+    assert gpu.calls[begin + 1 : end] == ["spin"] and "run" not in gpu.calls
+    timed = ["synchronize", "flush", "spin", "event", "replay", "event", "wait"]
+    assert gpu.calls[end + 4 :] == timed * cuda.EMPTY_GRAPHS
+
+
+@pytest.mark.gpu
+def test_gpu_empty_graph():
+    assert 0 < cuda.empty_graph(torch.device("cuda", 0)) < 1e-4
 
 
 @pytest.mark.gpu

@@ -1,5 +1,8 @@
 """What the benchmarks stand on: wrong results are never timed, time and memory are measured rightly."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ import moco_fast
 
 pytest.importorskip("torchvision")
 pytest.importorskip("rich")
+
+from rich.progress import Progress
 
 from bench import (
     bench_ema_update,
@@ -17,10 +22,12 @@ from bench import (
     info_nce_peers,
     measure,
     memory,
+    ops,
     report,
     roofline,
 )
 from bench.case import OFFICIAL, OURS, Absent, Case, Peer, WrongResult, relative, serving
+from bench.findings import Findings, notes
 
 CPU = torch.device("cpu")
 REFERENCE = f"{OURS} reference"
@@ -32,21 +39,21 @@ def test_wrong_results_are_refused(monkeypatch):
     assert max(case.check(REFERENCE).values()) < 1e-5
     for wrong in (lambda *a, **o: right(*a, **o) * 1.001, lambda *a, **o: right(*a, **o) * float("nan")):
         monkeypatch.setattr(moco_fast, "info_nce", wrong)
-        with pytest.raises(WrongResult, match=f"info_nce, N=8.*{REFERENCE} is wrong and was not timed: loss"):
+        with pytest.raises(WrongResult, match=r"its result is wrong: loss, random .* against float64"):
             case.check(REFERENCE)
 
     (case,) = bench_ema_update.cases(True, CPU)
     monkeypatch.setattr(moco_fast, "ema_update_", lambda targets, sources, m: None)
-    with pytest.raises(WrongResult, match="ema_update_"):
+    with pytest.raises(WrongResult, match="its result is wrong: targets"):
         case.check(REFERENCE)
 
     (case,) = bench_enqueue.cases(True, CPU)
     monkeypatch.setattr(moco_fast, "enqueue_", lambda queue, ptr, keys: queue.zero_())
-    with pytest.raises(WrongResult, match="enqueue_"):
+    with pytest.raises(WrongResult, match="its result is wrong: rows"):
         case.check(REFERENCE)
 
     case = bench_fused_step.case("squeezenet1_1", "SGD", CPU)
-    with pytest.raises(WrongResult, match="fused step"):
+    with pytest.raises(WrongResult, match="its result is wrong: parameters"):
         case.check(f"{REFERENCE} after fused SGD")
 
 
@@ -68,6 +75,85 @@ def test_others_that_fail_or_are_wrong_are_absent():
     assert result["absent"]["wrong"].startswith("its result is wrong: loss 5.0e-01 against float64")
     with pytest.raises(Absent):
         Case("op", "size", peers, 1.0, 1.0).check("wrong")
+
+
+def fake_case(label, ours, official=None):
+    """A case of two peers, each right or raising an error."""
+
+    def peer(error):
+        def errors():
+            if isinstance(error, Exception):
+                raise error
+            return {"rows": error or 0.0}
+
+        return Peer(lambda: None, errors)
+
+    peers = {f"{OURS} triton": peer(ours), OFFICIAL: peer(official)}
+    return Case("take_rows", label, peers, 1.0, 1.0)
+
+
+@pytest.fixture
+def fake_cases(monkeypatch):
+    """Cases in place of those of two ops, and nothing slow around them."""
+
+    def cases(quick, device):
+        yield fake_case("crashing", RuntimeError("an illegal memory access\nand more"))
+        yield fake_case("wrong", 0.5)
+        yield fake_case("without official", None, MemoryError("too large"))
+        yield fake_case("right", None)
+        raise ValueError("cannot be made")
+
+    monkeypatch.setitem(ops.OPS, "take_rows", SimpleNamespace(cases=cases))
+    right = Case("enqueue_", "right", fake_case("", None).peers, 1.0, 1.0)
+    monkeypatch.setitem(ops.OPS, "enqueue_", SimpleNamespace(cases=lambda quick, device: [right]))
+    monkeypatch.setattr(memory, "by_op", lambda *arguments: [])
+    monkeypatch.setattr(collect, "roofline", lambda *arguments: roofline.Roofline(1.0, {"fp32": 1.0}))
+
+
+FAILED = {
+    "crashing": f"{OURS} triton: RuntimeError: an illegal memory access",
+    "wrong": f"{OURS} triton: its result is wrong: rows 5.0e-01 against float64, expected at most 1e-04",
+    "without official": f"{OFFICIAL}: MemoryError: too large",
+    "the case after right": "ValueError: cannot be made",
+}
+
+
+def test_a_failure_of_ours_does_not_end_the_rest(fake_cases):
+    saved = []
+    found = Findings({"type": "cpu", "load": 0.0, "cpus": 2}, quick=True)
+    with Progress(disable=True) as progress:
+        report = collect.collect(
+            found, CPU, progress, ("take_rows", "enqueue_"), seconds=1e-6, save=lambda r: saved.append(str(r))
+        )
+    assert {one["label"]: one["why"] for one in report["failed"]} == FAILED
+    names = {(case["op"], case["label"]): [p["name"] for p in case["peers"]] for case in report["cases"]}
+    assert names.pop(("take_rows", "crashing")) == names.pop(("take_rows", "wrong")) == [OFFICIAL]
+    assert list(names) == [("enqueue_", "right"), ("take_rows", "right")]
+    assert all(len(peers) == 2 for peers in names.values())
+    text = " ".join(report["notes"])
+    assert all(f"FAILED: take_rows, {label}: {why}." in text for label, why in FAILED.items())
+    # Before the first case, after each, and at the end; only that one is complete.
+    assert "'crashing'" not in saved[0] and "'crashing'" in saved[2] and "'wrong'" not in saved[2]
+    assert [("cases are missing" in text) for text in saved] == [True] * (len(saved) - 1) + [False]
+
+
+def test_checking_times_nothing_and_tells_the_same(fake_cases, monkeypatch):
+    monkeypatch.setattr(measure, "interleave", lambda *arguments: pytest.fail("timed"))
+    with Progress(disable=True) as progress:
+        failed = collect.check(True, CPU, progress, ("take_rows",), own=True)
+    assert {one["label"]: one["why"] for one in failed} == FAILED
+
+
+def test_own_peers_build_nothing_else(monkeypatch):
+    """No compiled peer is made, let alone called, for a run of ours and the official formula."""
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("compiled"))
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    for op in ops.OPS:
+        (case, *_) = ops.cases(op, True, CPU, own=True)
+        assert all(name.startswith(OURS) or name == OFFICIAL for name in (*case.peers, *case.absent))
+        assert OFFICIAL in case.peers and len(case.peers) > 1
+    (case, *_) = ops.cases("info_nce", True, CPU, own=False)
+    assert {info_nce_peers.COMPILED, info_nce_peers.LIGHTLY, info_nce_peers.BLOCKED} <= set(case.peers)
 
 
 def test_serving_names_what_cannot_serve():
@@ -131,7 +217,11 @@ def test_durations_have_a_unit():
 def test_notes_name_what_is_missing():
     peer = {"name": OFFICIAL, "no_graph": "it waits"}
     results = [{"op": "info_nce", "absent": {"torch.compile": "no compiler"}, "peers": [peer]}]
-    text = " ".join(collect.notes({"type": "cuda", "load": 3.0, "cpus": 2}, results, quick=False))
+    found = Findings({"type": "cuda", "load": 3.0, "cpus": 2}, quick=False, results=results)
+    found.empty_graph_us = 1.96
+    text = " ".join(notes(found, finished=True))
     assert "replayed from a CUDA graph" in text and "busy when the run began (load 3.0" in text
     assert "Not measured for info_nce: torch.compile (no compiler)" in text and "Smoke run" not in text
     assert f"Not in a CUDA graph, info_nce: {OFFICIAL} (it waits)." in text
+    assert "one kernel that does nothing takes 2.0 us" in text and "cases are missing" not in text
+    assert notes(found, finished=False)[-1].endswith("cases are missing.")

@@ -1,6 +1,7 @@
 """The benchmark of the whole step: its report, its breakdown, and that wrong losses are refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from bench import stages, step
-from bench.case import OURS, WrongResult
+from bench.case import OURS
 
 CPU = torch.device("cpu")
 
@@ -65,10 +66,48 @@ def test_bare_step_has_no_key_update():
     assert not torch.equal(next(one.model.encoder_q.parameters()), query)
 
 
-def test_losses_that_differ_are_refused(monkeypatch):
+def test_losses_that_differ_are_named_and_not_timed(monkeypatch):
     monkeypatch.setattr(step.moco_fast.MoCo, "loss", lambda self, q, k: self.encoder_q(q).mean())
-    with pytest.raises(WrongResult, match=r"the loss of moco_fast \.loss is"):
-        step.measure_config(step.QUICK_CONFIGS[0], CPU, 1e-6)
+    monkeypatch.setattr(step, "WAYS", [step.BARE, step.FUSED, step.EAGER])
+    monkeypatch.setattr(step.Step, "breakdown", lambda self: {})
+    monkeypatch.setattr(step, "peak_extra", lambda one, where: 0)
+    result = step.measure_config(step.QUICK_CONFIGS[0], CPU, 1e-6)
+    assert [way["name"] for way in result["ways"]] == [step.BARE, step.EAGER]
+    (line,) = result["failed"]
+    assert f"{step.FUSED}: its loss is" in line
+
+
+def test_configs_are_saved_one_by_one(tmp_path, monkeypatch):
+    """One that crashes does not end the next; what was measured is written before that begins."""
+    first, *_ = step.QUICK_CONFIGS
+    crashing, last = (replace(first, batch=batch) for batch in (6, 8))
+    way = {"name": step.BARE, "p20_ms": 1, "p50_ms": 1, "p80_ms": 1, "tax": 1, "images_per_s": 1}
+    way |= {"extra_memory_mb": 1, "stages_ms": {}, "host_gaps_ms": None}
+    saved = []
+
+    def crash(config, where, seconds):
+        saved.extend(len(json.loads(path.read_text())["configs"]) for path in tmp_path.glob("*.json"))
+        if config == crashing:
+            raise MemoryError("too large")
+        return {"config": vars(config), "label": str(config), "rounds": 7, "ways": [way], "failed": []}
+
+    monkeypatch.setattr(step, "QUICK_CONFIGS", [first, crashing, last])
+    monkeypatch.setattr(step, "measure_config", crash)
+    with pytest.raises(SystemExit, match=r"N=6.*: MemoryError: too large"):
+        step.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    figures = json.loads(path.read_text())
+    assert saved == [1, 1] and [one["config"]["batch"] for one in figures["configs"]] == [4, 8]
+    assert len(figures["failed"]) == 1 and path.with_suffix(".png").exists()
+
+
+def test_configs_are_chosen_by_name():
+    cuda = torch.device("cuda", 0)
+    (config,) = step.chosen(["resnet50-256-bf16"], False, cuda)
+    assert config == step.Config("resnet50", 256, 224, bf16=True)
+    assert step.chosen(None, False, cuda) == step.GPU_CONFIGS
+    with pytest.raises(ValueError, match="no config resnet5; there are resnet18-32, resnet18-32-bf16"):
+        step.chosen(["resnet5"], False, cuda)
 
 
 @pytest.mark.gpu
