@@ -40,7 +40,7 @@ def rank_training(rank, name):
         for buffer in model.buffers():
             buffer.add_(1)
     each = BATCH // distributed.world_size()
-    torch.manual_seed(1)
+    torch.manual_seed(1 + rank)  # as the trainer does, for dropout
     part = slice(rank * each, (rank + 1) * each)
     losses = methods.train(DistributedDataParallel(model), batches(name, part))
     return losses, model.state_dict()

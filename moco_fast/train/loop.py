@@ -20,6 +20,7 @@ from moco_fast.distributed import check_agreement, from_all, largest, rank, worl
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
+from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.moco import MoCo
 from moco_fast.norm import average_statistics_, sees_neighbours
 from moco_fast.train import checkpoint as checkpoints
@@ -172,6 +173,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
         randomness.set_state(extras["views"])
         if isinstance(model, MoCo) and extras["shuffle"] is not None:
             model.shuffle.set_state(extras["shuffle"])
+        if isinstance(model, MemoryBank) and extras.get("negatives") is not None:  # of older versions' runs
+            model.generator.set_state(extras["negatives"])
         checkpoints.set_random_state(extras["random"][rank() % len(extras["random"])])
         if extras["queues"] and config.queue_sync == "local":
             model.load_state_dict(model.state_dict() | extras["queues"][rank() % len(extras["queues"])])
@@ -218,6 +221,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
             "std": list(std),
             "accuracy": accuracy,
             "shuffle": shuffle,
+            "negatives": model.generator.state() if isinstance(model, MemoryBank) else None,
             "queues": queues,
         }
         state = checkpoints.run_state(
@@ -259,7 +263,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: bool | str, console: An
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(config, step, steps_per_epoch)
                     images = read.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
-                    aspect = None if read.aspect is None else read.aspect.to(device)
+                    aspect = None if read.aspect is None else read.aspect.to(device, non_blocking=True)
                     part = rank(), world_size()
                     views: tuple[Tensor, ...]
                     if row.views == 1:
