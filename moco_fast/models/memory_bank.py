@@ -156,8 +156,7 @@ class MemoryBank(Method):
             _, found = ops.info_nce(features.detach(), positive, drawn, self.T, return_stats=True)
         else:
             loss, found = ops.info_nce(features, positive, drawn, self.T, return_stats=True)
-        hits = (found.rank == 0).to(found.pos.dtype)
-        return loss, {"pos_sim": found.pos.mean(), "neg_sim": found.neg.mean(), "acc1": hits.mean()}
+        return loss, found.means()
 
     @torch.no_grad()
     def _write(self, features: Tensor, rows: Tensor, indices: Tensor) -> None:
