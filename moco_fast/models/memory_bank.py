@@ -53,7 +53,7 @@ class MemoryBank(Method):
         >>> loss = model(view, indices)
     """
 
-    ENCODER = "encoder"
+    encoder: nn.Module
 
     bank: Tensor
     Z: Tensor
