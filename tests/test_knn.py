@@ -110,10 +110,8 @@ def probe_of(device):
         ImageSet(MemoryImages(images[part], torch.ones(150)), torch.arange(150) % 3)
         for part in (slice(150), slice(150, None))
     )
-    return KnnProbe(
-        Dataset("noise", train, test, ("a", "b", "c"), ""), image_size=8, mean=[0.5], std=[0.2], device=device,
-        k=5, bank=100, workers=0,
-    )  # fmt: skip
+    noise = Dataset("noise", train, test, ("a", "b", "c"), "")
+    return KnnProbe(noise, image_size=8, mean=[0.5], std=[0.2], device=device, k=5, bank=100, workers=0)
 
 
 def test_the_trainers_search_is_where_the_features_are(monkeypatch, tmp_path):

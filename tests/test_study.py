@@ -163,8 +163,8 @@ def test_command(tmp_path, capsys, monkeypatch):
 def rank_of_a_study(rank, port, out):
     """As torchrun starts it: no process group yet. What it wrote and said."""
     dist.destroy_process_group()
-    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
+    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     written = []
 
     def sweep_of_two_processes(points, seeds, folder, console):
@@ -179,7 +179,8 @@ def rank_of_a_study(rank, port, out):
     with contextlib.redirect_stdout(said):
         assert study_command.Study("momentum", out=out, device="cpu").run() == 0
     assert not dist.is_initialized()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for whoever ends this rank
+    # For whoever ends this rank.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return written, said.getvalue()
 
 

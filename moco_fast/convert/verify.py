@@ -121,14 +121,14 @@ def _in_timm(path: Path, contents: Contents) -> nn.Module:
 
 
 def _load_lightly_heads(path: Path) -> None:
-    """Load projector and predictor of either encoder into lightly's, strictly; backbones are torchvision's."""
+    """Load the heads of either encoder into lightly's, strictly; backbones are torchvision's."""
     modules = extra("lightly.models.modules.heads")
     held = torch.load(path, weights_only=True)["state_dict"]
     has_predictor = any(name.startswith("prediction_head.") for name in held)
     for name in ("projection_head", "projection_head_momentum", *["prediction_head"] * has_predictor):
         state = {n.removeprefix(name + "."): v for n, v in held.items() if n.startswith(name + ".")}
         linear = linear_layers(state)
-        if has_predictor:  # of MoCo v3, whose last norms have no weights: lightly's MoCoProjectionHead has them
+        if has_predictor:  # of MoCo v3, whose last norms have no weights, unlike MoCoProjectionHead's
             blocks, places = [], [int(n.split(".")[1]) for n, v in state.items() if v.ndim == 2]
             for i, (place, weight) in enumerate(zip(places, linear, strict=True)):
                 norm = None

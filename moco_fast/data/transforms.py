@@ -132,7 +132,8 @@ def jitter(
         u: draws for them.
         strength: as in ``AugmentConfig.jitter``.
         p: probability per image.
-        places: :func:`hue_places` of the images, from draws for all images of the step. Default: ``x`` is all.
+        places: :func:`hue_places` of the images, from draws for all images of the step. Default: ``x``
+            is all of them.
         first: which image of the step the first is.
     """
     on = u[:, :1] < p
@@ -145,8 +146,8 @@ def jitter(
     order = u[:, 5 : 5 + blends].argsort(1)
     hue = strength[3] if x.shape[1] == 3 else 0.0
     shift = torch.where(on[:, 0], hue * (2 * u[:, 4] - 1), 0.0)
+    places = hue_places(u[:, 8]) if places is None else places
     if hue > 0:
-        places = hue_places(u[:, 8]) if places is None else places
         groups, others = _by_place(places, first)
     for place in range(blends + 1):
         if hue > 0:

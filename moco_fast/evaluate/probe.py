@@ -101,7 +101,7 @@ class KnnProbe:
         )
 
     def _features(self, model: nn.Module | None, images: ImageSet, rows: Tensor) -> Tensor:
-        """Features of the images at ``rows``, where they are searched: a method's, or what another network returns."""
+        """Features of the images at ``rows``, on the device: a method's, or what another network returns."""
         if model is None:
             return features_of(nn.Flatten(), images, rows, self._view.raw())
         call = model.features if isinstance(model, Method) else None

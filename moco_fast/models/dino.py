@@ -153,10 +153,10 @@ class DINO(Method):
         return [*encoders, (self.teacher_prototypes, self.prototypes)]
 
     def _facts(self, x1: Tensor, x2: Tensor, m: object, teacher_T: object) -> dict[str, object]:
-        if hasattr(self, "unshard"):  # by now it has gathered the prototypes, and drops what is written to them
+        if hasattr(self, "unshard"):  # FSDP2 has gathered the prototypes, and drops what is written to them
             raise RuntimeError(
-                "DINO cannot be sharded by FSDP2: its teacher's prototypes, which a step updates, are parameters "
-                "of the model itself. DistributedDataParallel serves."
+                "DINO cannot be sharded by FSDP2: its teacher's prototypes, which a step updates, are "
+                "parameters of the model itself. DistributedDataParallel serves."
             )
         checks.temperature(self.student_T, name="student_T")  # these may have been set since the constructor
         checks.momentum(self.center_momentum, name="center_momentum")

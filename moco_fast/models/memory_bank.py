@@ -130,7 +130,7 @@ class MemoryBank(Method):
 
     def _draw(self) -> Tensor:
         """Rows of the bank, (K,) int64."""
-        # Evaluation neither moves the generator nor depends on it. Of a GPU's the state would be another kind.
+        # Evaluation neither moves the generator nor depends on it.
         generator = self.generator.generator if self.training else torch.Generator().manual_seed(0)
         rows = torch.randint(len(self.bank), (self.K,), generator=generator)
         if self.bank.is_cuda:

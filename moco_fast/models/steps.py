@@ -106,8 +106,8 @@ def check_shards(
     parameters = [p for name in (source, target) for p in model.get_submodule(name).parameters()]
     if hasattr(model, "unshard") and not all(hasattr(p, "to_local") for p in parameters):
         raise RuntimeError(
-            f"fully_shard(model) needs fully_shard(model.{source}) and fully_shard(model.{target}) before it, so "
-            f"that the shards of {target} can be updated"
+            f"fully_shard(model) needs fully_shard(model.{source}) and fully_shard(model.{target}) before "
+            f"it, so that the shards of {target} can be updated"
         )
 
 

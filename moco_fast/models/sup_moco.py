@@ -89,7 +89,7 @@ class SupMoCo(MoCo):
             q, k, self.negatives, self.T,
             labels=labels.repeat(directions), queue_labels=self.queue_labels, classes=self.classes,
         )  # fmt: skip
-        stats = {}
+        stats: dict[str, Tensor] = {}
         if return_stats:
             _, found = ops.info_nce(q.detach(), k, self.negatives, self.T, return_stats=True)
             stats = found.means()

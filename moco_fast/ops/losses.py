@@ -19,7 +19,7 @@ class InfoNCEStats(NamedTuple):
     neg: Tensor  # (N,) mean cosine of query and queue
 
     def means(self) -> dict[str, Tensor]:
-        """"pos_sim", "neg_sim" and "acc1", the share of queries with rank 0: means over the queries, 0-d."""
+        """Means over the queries, 0-d: "pos_sim", "neg_sim" and "acc1", the share with rank 0."""
         acc1 = (self.rank == 0).to(self.pos.dtype).mean()
         return {"pos_sim": self.pos.mean(), "neg_sim": self.neg.mean(), "acc1": acc1}
 
