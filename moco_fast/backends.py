@@ -27,7 +27,7 @@ _forced: ContextVar[str | None] = ContextVar("moco_fast_backend", default=None)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for every op that this thread calls in the block.
+    """Force one backend for every op that this thread calls in the block, backward included unless compiled.
 
     Args:
         name: "native", "triton" or "reference".
@@ -61,7 +61,15 @@ def choose(op: str, tensors: Sequence[Tensor]) -> ModuleType:
     Raises:
         RuntimeError: the forced backend cannot serve them; says why.
     """
-    name = forced()
+    return choose_as(forced(), op, tensors)
+
+
+def choose_as(name: str | None, op: str, tensors: Sequence[Tensor]) -> ModuleType:
+    """As :func:`choose` where ``name`` was forced, or nothing (None or ""), whatever is now.
+
+    For a backward pass, which takes the backend of its forward: it runs after the block of
+    :func:`use_backend`, and on a GPU in threads of its own.
+    """
     if name == "reference":
         return reference
     if name:

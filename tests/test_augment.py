@@ -212,8 +212,7 @@ def test_jitter_takes_every_order_and_stays_in_range():
     factors = (1.32, 0.76, 1.24, 0.04)
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
     order = u[:, 5:8].argsort(1)
-    places = torch.empty(n, dtype=torch.long)
-    places[u[:, 8].argsort()] = torch.arange(n) * 4 // n
+    places = transforms.hue_places(u[:, 8])
     seen = set()
     for row, (blends, place) in enumerate(zip(order.tolist(), places.tolist(), strict=True)):
         ops = [*blends[:place], 3, *blends[place:]]
@@ -223,6 +222,28 @@ def test_jitter_takes_every_order_and_stays_in_range():
             expected = getattr(tv, names[op])(expected, factors[op])
         torch.testing.assert_close(view[row], expected, rtol=0, atol=1e-5)
     assert len(seen) == 24
+
+
+def test_places_of_the_hue_are_uniform_and_every_four_in_a_row_hold_each():
+    u = torch.rand(20_003, generator=seeded())
+    places = transforms.hue_places(u)
+    assert torch.equal(places[:20_000].view(-1, 4).sort(1).values, torch.arange(4).expand(5000, -1))
+    for column in places[:20_000].view(-1, 4).t():
+        assert (column.bincount() / 5000 - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / 5000)
+    alone = torch.cat([transforms.hue_places(x) for x in u[:4000].split(1)])  # batches of one image
+    assert (alone.bincount() / 4000 - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / 4000)
+    assert transforms.hue_places(torch.tensor([1 - 2**-24])).tolist() == [3]
+
+
+@pytest.mark.parametrize(("images", "parts"), [(16, 2), (16, 4), (18, 3), (15, 5), (14, 2), (14, 7), (6, 6)])
+def test_parts_of_a_batch_get_the_views_of_the_whole(images, parts):
+    """With hue jitter, also where parts are no multiple of the four images that share out its places."""
+    pixels = random_images(images, 3, 20)
+    config = AugmentConfig(image_size=12, jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, gray_p=0.0)
+    whole = views(config, pixels)
+    each = [views(config, x, part=(i, parts)) for i, x in enumerate(pixels.chunk(parts))]
+    for want, got in zip(whole, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(got), want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

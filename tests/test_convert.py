@@ -1,5 +1,7 @@
 """Conversions round-trip bit by bit, whoever wrote the file; tests/test_convert_targets.py loads them."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from layouts import DIM, K, arch, encoder, equal, lightly, model, official, parts, prefixed, solo
@@ -33,10 +35,13 @@ def kind(request):
 @pytest.mark.parametrize("through", ["official", "lightly", "safetensors"])
 def test_official_through_a_whole_target_and_back(tmp_path, kind, through):
     """Names, order, dtypes and bits; the optimizer too, where the target has a place for it."""
+    if (kind, through) == ("v1", "lightly"):
+        return  # lightly has no linear head: test_convert_errors.py
     start = official(kind)
     source = saved(tmp_path / "start.pth.tar", start)
     report = convert(source, tmp_path / "between", through)
-    assert report.verified == "read back, equal bit by bit"
+    loaded = "; heads loaded in lightly" if through == "lightly" and find_spec("lightly") else ""
+    assert report.verified == "read back, equal bit by bit" + loaded
     assert report.left_out == (() if through == "official" else ("optimizer",))
     convert(tmp_path / "between", tmp_path / "back.pth", "official")
     back = load(tmp_path / "back.pth")

@@ -197,6 +197,13 @@ def test_weights_of_integers(tmp_path, name):
         assert message.endswith(f"{end} is torch.int32, expected a floating-point dtype")
 
 
+def test_a_linear_head_for_lightly(tmp_path):
+    """Its MoCoProjectionHead has two layers, whatever it is asked for."""
+    for made in (official("v1"), lightly("v1")):
+        message = refused(tmp_path, made, "lightly", arch="small_resnet")
+        assert message.startswith("lightly's MoCo has a head of two layers, and this one, of MoCo v1, is")
+
+
 def test_weights_that_are_not_finite(tmp_path):
     """Kept bit by bit where files are compared, refused where features are: the message names OUT."""
     start = official("resnet18")

@@ -150,6 +150,19 @@ def test_lightly_loads_its_target(tmp_path, v2):
     assert torch.equal(module.projection_head(features), network.encoder_q(images))
 
 
+@pytest.mark.parametrize("kind", ["resnet18", "v3", "vit"])
+def test_heads_that_lightly_cannot_load(tmp_path, kind, monkeypatch):
+    """An error, and no file."""
+    pytest.importorskip("lightly.models.modules", reason="lightly is not installed: nothing to load it in")
+    torch.save(official(kind), tmp_path / "a.pth")
+    assert convert(tmp_path / "a.pth", tmp_path / "b.ckpt", "lightly").verified.endswith("loaded in lightly")
+    linear_layers = verify.linear_layers
+    monkeypatch.setattr(verify, "linear_layers", lambda head: [w[:-1] for w in linear_layers(head)])
+    with pytest.raises(CheckpointError, match="lightly cannot load the projection_head of the written file"):
+        convert(tmp_path / "a.pth", tmp_path / "c.ckpt", "lightly")
+    assert not (tmp_path / "c.ckpt").exists()
+
+
 def test_a_bare_backbone_names_no_arch(tmp_path):
     for arch in (None, "resnet18"):
         torch.save(prefixed(module=parts("resnet18")["q"]), tmp_path / "a.pth")

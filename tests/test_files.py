@@ -1,5 +1,8 @@
 """Files that appear whole or not at all, and leave nothing where they do not appear."""
 
+import os
+import stat
+
 import pytest
 
 from moco_fast.files import whole
@@ -28,3 +31,15 @@ def test_a_folder_in_which_others_write_stays(tmp_path):
         path.with_name("another").touch()
         raise ValueError("half way")
     assert path.with_name("another").exists()
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_what_reaches_the_disk(tmp_path, monkeypatch, sync):
+    """The contents before the name, which a power cut would otherwise lose."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(stat.S_IFMT(os.fstat(fd).st_mode)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("rename"), replace(a, b)))
+    with whole(tmp_path / "file", sync=sync) as aside:
+        aside.write_text("all")
+    assert calls == ([stat.S_IFREG, "rename", stat.S_IFDIR] if sync else ["rename"])

@@ -7,11 +7,13 @@ import pytest
 import ranks
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco_fast.data.images import ImageSet, MemoryImages
+from moco_fast.data.images import Dataset, ImageSet, MemoryImages
 from moco_fast.evaluate import features, knn
 from moco_fast.evaluate.features import View, all_features, own_features, share
 from moco_fast.evaluate.knn import extract_features, knn_accuracy, knn_predict, nearest_neighbours
+from moco_fast.evaluate.probe import KnnProbe
 
 sklearn_neighbors = pytest.importorskip("sklearn.neighbors")
 
@@ -77,6 +79,62 @@ def test_chunks_of_the_bank_change_nothing(monkeypatch):
         assert torch.allclose(near.similarities.double(), expected.values[:, :60], atol=1e-6)
         if size == 26:  # within a chunk topk orders equals as it likes
             assert torch.equal(near.indices, expected.indices[:, :60])
+
+
+def test_a_search_holds_no_second_bank(monkeypatch):
+    """Nor the similarities of all queries to it: on a GPU they would lie beside the model in training."""
+    bank, queries = torch.randn(400, 64), torch.randn(200, 64)
+    given = {x.untyped_storage().data_ptr() for x in (bank, queries)}
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    want = nearest_neighbours(bank, queries, 5)
+    monkeypatch.setattr(knn, "CHUNK", 20)
+    monkeypatch.setattr(knn, "BLOCK", 20 * 50)
+    with Sizes() as sizes:
+        found = nearest_neighbours(bank, queries, 5)
+    assert 0 < sizes.largest <= 50 * 64  # a block of queries
+    assert torch.equal(found.indices, want.indices)
+
+
+def probe_of(device):
+    images = torch.randint(256, (300, 1, 8, 8), dtype=torch.uint8)
+    train, test = (
+        ImageSet(MemoryImages(images[part], torch.ones(150)), torch.arange(150) % 3)
+        for part in (slice(150), slice(150, None))
+    )
+    noise = Dataset("noise", train, test, ("a", "b", "c"), "")
+    return KnnProbe(noise, image_size=8, mean=[0.5], std=[0.2], device=device, k=5, bank=100, workers=0)
+
+
+def test_the_trainers_search_is_where_the_features_are(monkeypatch, tmp_path):
+    """On a GPU: one thread of a CPU takes minutes while all GPUs wait."""
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
+    probe = probe_of(torch.device("cpu"))
+    assert 0 <= probe.accuracy(None) <= 1
+    probe.gallery(nn.Flatten(), tmp_path / "gallery.png")
+    assert not [x.shape for x in moved if x.shape[-1] == 64]
+
+
+@pytest.mark.gpu
+def test_the_trainers_search_on_a_gpu_finds_what_it_finds_on_a_cpu():
+    torch.manual_seed(0)
+    here = probe_of(torch.device("cpu")).accuracy(None)
+    torch.manual_seed(0)
+    assert probe_of(torch.device("cuda")).accuracy(None) == pytest.approx(here, abs=0.02)
+    bank, queries = clusters(257)[0], clusters(101, seed=2)[0]
+    want = nearest_neighbours(bank, queries, 20)
+    found = nearest_neighbours(bank.cuda(), queries.cuda(), 20)
+    assert torch.equal(found.indices.cpu(), want.indices)
+    torch.testing.assert_close(found.similarities.cpu(), want.similarities, rtol=0, atol=1e-6)
 
 
 def test_several_k_from_one_search():

@@ -80,6 +80,15 @@ def test_every_method_trains_and_resumes_bit_for_bit(method, changes, tmp_path):
     assert pretrained.backbone(torch.zeros(2, 1, 8, 8)).shape == (2, pretrained.width)
 
 
+def test_a_memory_bank_of_before_its_generator_was_saved_goes_on(tmp_path):
+    config = tiny("memory-bank")
+    run(config, tmp_path)
+    saved = checkpoint.read(tmp_path)
+    assert saved["moco_fast"].pop("negatives") is not None
+    checkpoint.write_atomic(tmp_path / checkpoint.FILE_NAME, saved)
+    assert run(replace(config, epochs=2), tmp_path, resume=True).step == 10
+
+
 def other_value(name):
     values = {"shuffle": True, "queue_sync": "local", "symmetric": True, "nce": True, "stop_gradient": True}
     return values.get(

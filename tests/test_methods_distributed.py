@@ -6,6 +6,7 @@ import methods
 import pytest
 import ranks
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import distributed
@@ -40,7 +41,7 @@ def rank_training(rank, name):
         for buffer in model.buffers():
             buffer.add_(1)
     each = BATCH // distributed.world_size()
-    torch.manual_seed(1)
+    torch.manual_seed(1 + rank)  # as the trainer does, for dropout
     part = slice(rank * each, (rank + 1) * each)
     losses = methods.train(DistributedDataParallel(model), batches(name, part))
     return losses, model.state_dict()
@@ -74,3 +75,28 @@ def rank_disagreeing(rank, name):
 @pytest.mark.parametrize("name", ["simclr", "end-to-end", "dino", "memory bank"])
 def test_ranks_that_disagree_fail_alike(tmp_path, name):
     ranks.run(2, rank_disagreeing, name, folder=tmp_path)
+
+
+def rank_sharded(rank):
+    """Losses of the methods without a second encoder, replicated and sharded; why DINO is not."""
+    found = []
+    for name in ("simclr", "end-to-end", "memory bank"):
+        part, losses = slice(6 * rank, 6 * rank + 6), []
+        for how in (DistributedDataParallel, fully_shard):
+            torch.manual_seed(3)
+            model = MODELS[name]()
+            if how is fully_shard:
+                fully_shard(model.encoder)
+            losses.append(methods.train(how(model), batches(name, part)))
+        found.append(losses)
+    model = MODELS["dino"]()
+    fully_shard(model)
+    with pytest.raises(RuntimeError, match="DINO cannot be sharded by FSDP2"):
+        model(*next(batches("dino", slice(6))))
+    return found
+
+
+def test_sharded_methods_equal_replicated(tmp_path):
+    for found in ranks.run(2, rank_sharded, folder=tmp_path):
+        for want, got in found:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

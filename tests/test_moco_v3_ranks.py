@@ -8,6 +8,8 @@ import ranks
 import torch
 from test_moco_v3 import TinyNet, assert_same_state, build, sgd, train, unchanged, views
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.eager_moco_v3 import EagerMoCoV3
@@ -99,3 +101,31 @@ def test_ranks_that_disagree_all_hear_of_it(found):
         strict=True,
     ):
         assert words in message
+
+
+def rank_sharded(rank):
+    """Losses and state under DDP and under FSDP2, batch norm and all; and sharded as a whole."""
+    found, part = [], slice(6 * rank, 6 * rank + 6)
+    for how in (partial(DistributedDataParallel, broadcast_buffers=False), sharded):
+        model = build()
+        losses = train(how(model), sgd(model), steps=4, part=part)
+        state = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in model.state_dict().items()}
+        found.append((losses, state))
+    model = build()
+    fully_shard(model)
+    ((x1, x2),) = views()
+    with pytest.raises(RuntimeError, match=r"fully_shard\(model.base_encoder\) and fully_shard\(model.mom"):
+        model(x1[part], x2[part], 0.9)
+    return found
+
+
+def sharded(model):
+    for part in (model.base_encoder, model.momentum_encoder, model):
+        fully_shard(part)
+    return model
+
+
+def test_fsdp_equals_ddp(tmp_path):
+    for (want, want_state), (got, state) in ranks.run(2, rank_sharded, folder=tmp_path):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+        assert_same_state(state, want_state, rtol=1e-4, atol=1e-5)

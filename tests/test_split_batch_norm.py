@@ -1,12 +1,16 @@
 """split_batch_norm: every backend, layout and dtype against torch's batch norm of each part in float64."""
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import moco_fast
-from moco_fast import native, norm
+from moco_fast import native, norm, reference
+from moco_fast.backends import use_backend
 from moco_fast.ops import batch_norm
 
 OP = "split_batch_norm"
@@ -234,12 +238,40 @@ def test_opcheck_and_compile(backend, layout):
     torch.library.opcheck(batch_norm._split_batch_norm, (x, weight, bias, 2, 1e-5))
     torch.library.opcheck(batch_norm._split_batch_norm, (x, None, None, 2, 1e-5))
     _, mean, var = moco_fast.split_batch_norm(x, weight, bias, 2)
-    given = (dy, x.detach(), weight.detach(), mean, var, 1e-5)
+    given = (dy, x.detach(), weight.detach(), mean, var, 1e-5, None)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(batch_norm._split_batch_norm_backward, given, test_utils=checks)
     got = results(torch.compile(fused(2), fullgraph=True), x, weight, bias, dy)
     for a, b in zip(got, results(fused(2), x, weight, bias, dy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [("reference", None), (None, "reference")])
+def test_backward_takes_the_backend_of_its_forward(monkeypatch, before, after):
+    """Which runs after the block that forced it; on a GPU also in another thread, as here."""
+    if native.unavailable():
+        pytest.skip("the other backend is not built")
+    served = []
+
+    def watched(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: served.append(module) or function(*args))
+
+    for module in (native, reference):
+        for name in ("split_batch_norm", "split_batch_norm_backward"):
+            watched(module, name)
+    x, weight, bias, dy = make((6, 3, 2, 2))
+    with use_backend(before) if before else nullcontext():
+        y = fused(2)(x, weight, bias)
+
+    def backward():
+        with use_backend(after) if after else nullcontext():
+            y.backward(dy)
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert served == [reference if before else native] * 2 and x.grad is not None
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -1,13 +1,20 @@
 """Studies: run, resumed, summarised and drawn."""
 
+import contextlib
+import io
 import math
+import os
 import signal
+import socket
 from dataclasses import fields, replace
 
 import pytest
+import ranks
+import torch.distributed as dist
 from PIL import Image
 from rich.console import Console
 
+import moco_fast.commands.study as study_command
 from bench import studies
 from moco_fast.commands import run as command
 from moco_fast.data.augment import AugmentConfig
@@ -16,6 +23,7 @@ from moco_fast.study.results import Row, read_rows, summarise, write_rows
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS
+from moco_fast.train.processes import joined
 
 TINY = PretrainConfig(
     data="digits", epochs=1, batch_size=256, width=8, dim=16, queue_size=512, log_every=1, knn_every=10**9,
@@ -183,3 +191,36 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "images" / "study-momentum.png").exists()
     assert command(["study", "momentum", "--out", str(out), "--seeds", "0"]) == 1
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
+
+
+def rank_of_a_study(rank, port, out):
+    """As torchrun starts it: no process group yet. What it wrote and said."""
+    dist.destroy_process_group()
+    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    written = []
+
+    def sweep_of_two_processes(points, seeds, folder, console):
+        with joined("cpu"):
+            assert dist.get_world_size() == 2
+        return sweep.Sweep([], 0)
+
+    study_command.run_sweep = sweep_of_two_processes
+    study_command.write_text = lambda path, text: written.append(path.name)
+    study_command.plot_study = lambda *args: written.append("figure")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert study_command.Study("momentum", out=out, device="cpu").run() == 0
+    assert not dist.is_initialized()
+    # For whoever ends this rank.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return written, said.getvalue()
+
+
+def test_rank_0_alone_speaks_and_writes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (written, said), other = ranks.run(2, rank_of_a_study, port, tmp_path / "out", folder=tmp_path)
+    assert written == ["table.md", "figure"] and "table.md and figure.png are in" in said
+    assert other == ([], "")

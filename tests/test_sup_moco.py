@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import moco_fast
 from bench.eager_mechanisms import EagerSupMoCo
 from moco_fast import distributed
+from moco_fast.models.method import Method
 from moco_fast.models.sup_moco import SupMoCo
 
 CLASSES, K, BATCH = 4, 50, 12
@@ -106,8 +107,13 @@ def test_parts_of_a_batch_and_keys_from_outside():
     assert torch.equal(model.queue_labels, before)
     model(x1[6:], x2[6:], labels[6:])
     assert torch.equal(model.queue_labels[:12], labels)
-    model.enqueue_(torch.randn(3, 16))
+    model(x1[:6], x2[:6], labels[:6])
+    model.enqueue_(torch.randn(3, 16))  # within a step: whose labels wait for its keys
     assert model.queue_labels[12:15].tolist() == [-1] * 3
+    model.end_step()
+    assert torch.equal(model.queue_labels[15:21], labels[:6])
+    model.enqueue_(torch.randn(3, 16), labels=torch.tensor([2, 0, 1]))
+    assert model.queue_labels[21:24].tolist() == [2, 0, 1]
     model.queue_labels.fill_(2)
     model.enqueue_(torch.randn(K, 16))
     assert (model.queue_labels == -1).all()
@@ -153,3 +159,10 @@ def test_bad_arguments_change_nothing():
     with pytest.raises(ValueError, match="im_k must hold as many images as im_q"):
         model(x1, x2[:3], labels)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_missing_encoder_is_reported_by_its_name():
+    with pytest.raises(AttributeError, match="no attribute 'encoder'"):
+        _ = Method().encoder
+    model = build()
+    assert model.encoder is model.encoder_q and "encoder" not in dict(model.named_children())

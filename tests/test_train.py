@@ -20,6 +20,7 @@ import moco_fast
 from moco_fast.cli import main
 from moco_fast.data.augment import AugmentConfig
 from moco_fast.train import checkpoint
+from moco_fast.train.build import choose_device
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
 from moco_fast.train.loop import pretrain
@@ -518,3 +519,14 @@ def test_two_images_are_enough(tmp_path):
 def test_bad_config(changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         replace(TINY, **changes)
+
+
+def test_the_chosen_gpu_is_the_current_one(monkeypatch):
+    """Whose random state is saved, restored and forked."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: chosen.append("used"))
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1"), "used"]  # before anything makes a context on another
+    assert choose_device("cuda") == torch.device("cuda") and choose_device("cpu") == torch.device("cpu")
+    assert chosen[2:] == ["used"] * 2

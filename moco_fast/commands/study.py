@@ -15,8 +15,9 @@ from moco_fast.data.datasets import absolute
 from moco_fast.distributed import rank
 from moco_fast.files import write_text
 from moco_fast.study.figure import markdown, plot_study
-from moco_fast.study.plans import STUDIES
+from moco_fast.study.plans import STUDIES, Point
 from moco_fast.study.sweep import run_sweep
+from moco_fast.train.processes import joined, on_rank_0
 
 if TYPE_CHECKING:
     StudyName = str
@@ -65,16 +66,23 @@ class Study:
         points = study.small() if self.scale == "small" else study.full()
         points = [replace(p, config=replace(p.config, **changes)) for p in points]  # type: ignore[arg-type]
         out = self.out or Path("studies") / f"{self.name}-{self.scale}"
-        console = Console()
+        with joined(self.device):  # until all is written, which rank 0 does
+            return self._run(points, out, Console(quiet=rank() > 0))
+
+    def _run(self, points: list[Point], out: Path, console: Console) -> int:
+        study = STUDIES[self.name]
         console.print(f"{study.question} ({study.source}.) {len(points)} settings x {self.seeds}, in {out}")
         sweep = run_sweep(points, range(self.seeds), out, console)
         if sweep.interrupted:
             console.print(f"Stopped after {len(sweep.rows)} runs. The same command goes on.")
             return 128 + sweep.interrupted
-        if rank() == 0:
-            table = markdown(study, sweep.rows)
+        table = markdown(study, sweep.rows)
+
+        def write() -> None:
             write_text(out / "table.md", table)
             plot_study(study, sweep.rows, out, out / "figure.png")
-            console.print(Markdown(table))
-            console.print(f"results.csv, table.md and figure.png are in {out}")
+
+        on_rank_0(write)
+        console.print(Markdown(table))
+        console.print(f"results.csv, table.md and figure.png are in {out}")
         return 0

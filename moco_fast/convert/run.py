@@ -95,7 +95,8 @@ def convert(
     if queue_size is not None:
         contents = contents.with_fresh_queue(queue_size)
     held = targets.content(contents, to, encoder)
-    with whole(Path(os.path.realpath(out))) as aside:  # what a link points to is replaced, not the link
+    real = Path(os.path.realpath(out))  # what a link points to is replaced, not the link
+    with whole(real, sync=True) as aside:
         try:
             targets.write(aside, held, contents, to, encoder)
         except ImportError:

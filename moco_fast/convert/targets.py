@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_fast.convert.contents import MOCO_V3, Contents, Encoder
+from moco_fast.convert.contents import MOCO, MOCO_V3, Contents, Encoder
 from moco_fast.convert.names import ALL_RESNETS, RESNETS, detectron2_name, indexed
 from moco_fast.extras import extra
 from moco_fast.models.backbones import ANY_CHANNELS
@@ -44,6 +44,11 @@ def lightly(contents: Contents) -> dict[str, Any]:
     """The state dict of the module in lightly's MoCo example; the bank, which none loads, beside it."""
     if not {"q", "k"} <= contents.encoders.keys():
         raise CheckpointError(f"{contents.method} has no momentum encoder, which lightly's MoCo has")
+    if contents.method == MOCO and len(linear_layers(contents.encoders["q"].head)) < 2:
+        raise CheckpointError(
+            "lightly's MoCo has a head of two layers, and this one, of MoCo v1, is linear: it goes into --to "
+            "official or safetensors, its backbone alone into --to torchvision, timm or detectron2"
+        )
     state: dict[str, Tensor] = {}
     for role, ending in (("q", ""), ("k", "_momentum")):
         encoder = contents.encoders[role]
@@ -56,6 +61,11 @@ def lightly(contents: Contents) -> dict[str, Any]:
     if contents.queue is not None:
         held["memory_bank"] = {"bank": own(contents.queue.t()), "bank_ptr": contents.queue_ptr}
     return held | {"state_dict": state}
+
+
+def linear_layers(head: Mapping[str, Tensor]) -> list[Tensor]:
+    """Weights of a head's linear layers, (out, in) each."""
+    return [value for value in head.values() if value.ndim == 2]
 
 
 def torchvision(contents: Contents, encoder: Encoder) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from moco_fast.convert.contents import Contents, Encoder
 from moco_fast.convert.layouts import read_contents
 from moco_fast.convert.names import detectron2_name
-from moco_fast.convert.targets import timm_model
+from moco_fast.convert.targets import linear_layers, timm_model
 from moco_fast.data.datasets import load_dataset
 from moco_fast.extras import extra
 from moco_fast.models import heads
@@ -70,6 +70,9 @@ def verify(path: Path, contents: Contents, to: str, role: str | None) -> str:
         )
     if not same:
         raise CheckpointError(f"{path} does not hold what was written")
+    if to == "lightly" and importlib.util.find_spec(to):
+        _load_lightly_heads(path)
+        return "read back, equal bit by bit; heads loaded in lightly"
     return "read back, equal bit by bit"
 
 
@@ -115,6 +118,34 @@ def _in_timm(path: Path, contents: Contents) -> nn.Module:
     model = extra("timm").create_model(name, **options)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model
+
+
+def _load_lightly_heads(path: Path) -> None:
+    """Load the heads of either encoder into lightly's, strictly; backbones are torchvision's."""
+    modules = extra("lightly.models.modules.heads")
+    held = torch.load(path, weights_only=True)["state_dict"]
+    has_predictor = any(name.startswith("prediction_head.") for name in held)
+    for name in ("projection_head", "projection_head_momentum", *["prediction_head"] * has_predictor):
+        state = {n.removeprefix(name + "."): v for n, v in held.items() if n.startswith(name + ".")}
+        linear = linear_layers(state)
+        if has_predictor:  # of MoCo v3, whose last norms have no weights, unlike MoCoProjectionHead's
+            blocks, places = [], [int(n.split(".")[1]) for n, v in state.items() if v.ndim == 2]
+            for i, (place, weight) in enumerate(zip(places, linear, strict=True)):
+                norm = None
+                if f"layers.{place + 1}.running_mean" in state:
+                    norm = nn.BatchNorm1d(len(weight), affine=f"layers.{place + 1}.weight" in state)
+                between = nn.ReLU() if i + 1 < len(places) else None
+                blocks.append((*weight.shape[::-1], norm, between, f"layers.{place}.bias" in state))
+            head = modules.ProjectionHead(blocks)
+        else:
+            sizes = linear[0].shape[1], linear[0].shape[0], linear[-1].shape[0]
+            norms = any(n.endswith("running_mean") for n in state)
+            head = modules.MoCoProjectionHead(*sizes, num_layers=len(linear), batch_norm=norms)
+        try:
+            head.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"lightly cannot load the {name} of the written file: {reason}") from error
 
 
 LOADERS: dict[str, Callable[[Path, Contents], nn.Module]] = {"torchvision": _in_torchvision, "timm": _in_timm}

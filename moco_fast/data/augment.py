@@ -23,6 +23,7 @@ from moco_fast.data.transforms import (
     blur,
     central_box,
     draw_boxes,
+    hue_places,
     jitter,
     luma,
     per_image,
@@ -120,7 +121,8 @@ class TwoCrops:
             aspect: width / height of the original images where ``images`` were squashed to a common
                 canvas: crops are then drawn in the geometry of the originals. Default: W / H.
             part: ``images`` are this part of a batch of so many parts of N. Values are drawn for all of
-                it, so generators of one seed on several ranks stay in step, and give the views of one rank.
+                it, so generators of one seed on several ranks stay in step, and give the views of one rank to
+                rounding, however many images a part has.
 
         Raises:
             TypeError, ValueError: ``images`` or ``aspect`` are not as described.
@@ -183,14 +185,16 @@ def _view(
     part: tuple[int, int],
 ) -> Tensor:  # (N, C, S, S) in [0, 1]
     index, parts = part
-    draws = torch.rand(parts * len(unit), sum(_DRAWS), generator=generator, device=unit.device)
-    draws = draws[index * len(unit) : (index + 1) * len(unit)]
+    first = index * len(unit)
+    every = torch.rand(parts * len(unit), sum(_DRAWS), generator=generator, device=unit.device)
+    draws = every[first : first + len(unit)]
     u_crop, u_flip, u_jitter, u_gray, u_blur, u_sigma, u_solarize = draws.split(_DRAWS, dim=1)
     boxes = draw_boxes(u_crop, aspect, config.crop_scale, config.crop_ratio)
     view = resample(unit, boxes, u_flip[:, 0] < config.flip_p, config.image_size)
     # What the configuration never does is skipped; what it draws is not, so the draws stay aligned.
     if config.jitter_p > 0 and max(config.jitter) > 0:
-        view = jitter(view, u_jitter, config.jitter, config.jitter_p)
+        places = hue_places(every.split(_DRAWS, dim=1)[2][:, -1])[first : first + len(unit)]
+        view = jitter(view, u_jitter, config.jitter, config.jitter_p, places, first)
     if config.gray_p > 0 and view.shape[1] == 3:
         view = torch.where(per_image(u_gray < config.gray_p), luma(view), view)
     if config.blur_p > 0:

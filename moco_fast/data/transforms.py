@@ -27,6 +27,9 @@ CROP_DRAWS = 2 * CROP_TRIES + 2
 # Uniform draws per sample: whether to jitter, four factors, order keys of the three blends, place of the hue.
 JITTER_DRAWS = 9
 
+# Places of the hue among the three blends; so many images of a batch in a row share them out.
+PLACES = 4
+
 # ITU-R 601 luma, the weights of torchvision and PIL.
 _LUMA = (0.2989, 0.587, 0.114)
 
@@ -95,18 +98,43 @@ def triangles(start: Tensor, extent: Tensor, size: int, length: int) -> Tensor:
     return weight / weight.sum(2, keepdim=True)
 
 
+def hue_places(
+    u: Tensor,  # (N,) uniform, of all images of a step
+) -> Tensor:
+    """How many of the three blends come before an image's hue shift, (N,) int64 in [0, 3].
+
+    Uniform for every image. Every four in a row, from the first image on, hold each place once, so that
+    how many images have a place is known without reading it back; the last N mod 4 are independent.
+    """
+    whole = len(u) // PLACES * PLACES
+    rest = (PLACES * u[whole:]).long().clamp(max=PLACES - 1)  # rounded up, where u is just below 1
+    return torch.cat([u[:whole].view(-1, PLACES).argsort(1).flatten(), rest])
+
+
 def jitter(
     x: Tensor,  # (N, C, S, S) in [0, 1]
     u: Tensor,  # (N, JITTER_DRAWS) uniform
     strength: tuple[float, float, float, float],  # brightness, contrast, saturation, hue
     p: float,
+    places: Tensor | None = None,  # (N,)
+    first: int = 0,
 ) -> Tensor:
     """Brightness, contrast, saturation and hue, in an order drawn per sample.
 
     The first three are one formula, ``clamp(f x + (1 - f) reference)`` with the reference 0, the
     mean luma, or the luma, so a pass over the batch does a different one for every sample. The hue
-    shift comes before, between or after them: a random quarter of the batch at each of the four
-    places, which costs one shift in all (a batch of under four images has only the first places).
+    shift comes before, between or after them: a quarter of the batch at each of the four places,
+    which costs one shift in all. Images of a group of four that is only partly in ``x``, six at
+    most, are shifted at every place, and keep what is due.
+
+    Args:
+        x: the images.
+        u: draws for them.
+        strength: as in ``AugmentConfig.jitter``.
+        p: probability per image.
+        places: :func:`hue_places` of the images, from draws for all images of the step. Default: ``x``
+            is all of them.
+        first: which image of the step the first is.
     """
     on = u[:, :1] < p
     lows = [max(0.0, 1 - v) for v in strength[:3]]
@@ -118,14 +146,33 @@ def jitter(
     order = u[:, 5 : 5 + blends].argsort(1)
     hue = strength[3] if x.shape[1] == 3 else 0.0
     shift = torch.where(on[:, 0], hue * (2 * u[:, 4] - 1), 0.0)
-    places = u[:, 8].argsort().tensor_split(4)
+    places = hue_places(u[:, 8]) if places is None else places
+    if hue > 0:
+        groups, others = _by_place(places, first)
     for place in range(blends + 1):
         if hue > 0:
-            x[places[place]] = shift_hue(x[places[place]], shift[places[place]])
+            rows = torch.cat([groups[place], others])
+            before = x[rows]
+            after = shift_hue(before, shift[rows])
+            if len(others):
+                after = torch.where(per_image(places[rows] == place), after, before)
+            x[rows] = after
         if place < blends:
             op = order[:, place : place + 1]
             x = blend_(x, factor.gather(1, op), op)
     return x
+
+
+def _by_place(
+    places: Tensor,  # (N,)
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    """Images of the whole groups of four by place, (4, N // 4 or less), and those of no whole group."""
+    index = torch.arange(len(places), device=places.device)
+    head = min(-first % PLACES, len(places))
+    end = len(places) - (len(places) - head) % PLACES
+    groups = places[head:end].view(-1, PLACES).argsort(1) + index[head:end:PLACES, None]
+    return groups.t(), torch.cat([index[:head], index[end:]])
 
 
 def blend_(

@@ -23,12 +23,14 @@ from moco_fast.distributed.collectives import (
     rank,
     world_size,
 )
+from moco_fast.distributed.generator import CommonGenerator
 from moco_fast.distributed.shuffle import SCHEMES, BatchShuffle, Exchange, balanced_order, scheme, use_scheme
 
 __all__ = [
     "PATIENCE",
     "SCHEMES",
     "BatchShuffle",
+    "CommonGenerator",
     "Disagreement",
     "Exchange",
     "all_gather_rows",

@@ -15,7 +15,6 @@ Source: shuffling BN, He et al. 2020, section 3.3.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast import checks, ops, reference
-from moco_fast.distributed.collectives import all_gather_rows, broadcast_, own_rows, rank, world_size
+from moco_fast.distributed.collectives import all_gather_rows, own_rows, rank, world_size
+from moco_fast.distributed.generator import CommonGenerator
 from moco_fast.distributed.peers import memory_if_faster
 
 SCHEMES = ("all_to_all", "all_gather", "auto")
@@ -98,36 +98,8 @@ class Plan(NamedTuple):
     received: list[int]  # (W,)
 
 
-class BatchShuffle:
-    """Permutations that are the same on every rank.
-
-    Attributes:
-        generator: what draws them; None before the first.
-    """
-
-    def __init__(self) -> None:
-        self.generator: torch.Generator | None = None
-
-    def agree(self, device: torch.device) -> None:
-        """Make the generator, from the seed of rank 0's global one. Called by all ranks."""
-        # initial_seed() draws nothing: what else the seed decides stays as it is without a shuffle.
-        seed = torch.tensor([torch.initial_seed() % 2**63], device=device)
-        broadcast_(seed)
-        self.generator = torch.Generator().manual_seed(int(seed))
-
-    def digest(self) -> str | None:
-        """Tells one state from another; None before the first permutation."""
-        state = self.state()
-        return None if state is None else hashlib.blake2b(state.numpy().tobytes(), digest_size=8).hexdigest()
-
-    def state(self) -> Tensor | None:
-        """The generator's state, for a checkpoint; None before the first permutation."""
-        return None if self.generator is None else self.generator.get_state()
-
-    def set_state(self, state: Tensor) -> None:
-        """Go on where :meth:`state` was taken."""
-        self.generator = torch.Generator()
-        self.generator.set_state(state)
+class BatchShuffle(CommonGenerator):
+    """Permutations that are the same on every rank."""
 
     def plan(
         self,

@@ -67,13 +67,13 @@ def nearest_neighbours(
     sizes = from_all(len(bank)) if sharded else [len(bank)]
     own = rank() if sharded else 0
     _check(lambda: _check_search(bank, queries, k, sum(sizes)), sharded)
-    bank = F.normalize(bank.float(), dim=1)
     found = []
     for block in queries.split(max(1, BLOCK // CHUNK)):
         block = F.normalize(block.float(), dim=1)
         near = Neighbours(block.new_empty(len(block), 0), block.new_empty(len(block), 0, dtype=torch.int64))
         for first in range(0, len(bank), CHUNK):
-            chunk = block @ bank[first : first + CHUNK].t()
+            # No normalised copy of the bank, which on a GPU lies beside the model that is being trained.
+            chunk = block @ F.normalize(bank[first : first + CHUNK].float(), dim=1).t()
             best = chunk.topk(min(k, chunk.shape[1]), dim=1)
             near = _merged(near, Neighbours(best.values, best.indices + first + sum(sizes[:own])), k=k)
         found.append(_merged(*_of_all_ranks(near, k), k=k) if sharded and len(sizes) > 1 else near)
@@ -255,7 +255,8 @@ def _check_search(bank: Tensor, queries: Tensor, k: int, size: int) -> None:
 def _check_features(name: str, features: Tensor) -> None:
     if features.ndim != 2 or features.numel() == 0:
         raise ValueError(f"{name} must be (rows, features) and not empty, got shape {tuple(features.shape)}")
-    if not torch.isfinite(features).all():
+    # In chunks: torch.isfinite makes a copy.
+    if not torch.stack([torch.isfinite(chunk).all() for chunk in features.split(CHUNK)]).all():
         bad = int((~torch.isfinite(features)).any(1).sum())
         raise ValueError(f"{name} must be finite, but {bad} of {len(features)} rows hold inf or nan")
 

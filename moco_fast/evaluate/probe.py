@@ -101,11 +101,11 @@ class KnnProbe:
         )
 
     def _features(self, model: nn.Module | None, images: ImageSet, rows: Tensor) -> Tensor:
-        """Features of the images at ``rows``, on the CPU: a method's, or what any other network returns."""
+        """Features of the images at ``rows``, on the device: a method's, or what another network returns."""
         if model is None:
-            return features_of(nn.Flatten(), images, rows, self._view.raw()).cpu()
+            return features_of(nn.Flatten(), images, rows, self._view.raw())
         call = model.features if isinstance(model, Method) else None
-        return features_of(model, images, rows, self._view, call).cpu()
+        return features_of(model, images, rows, self._view, call)
 
 
 def _one_per_class(images: ImageSet, most: int) -> Tensor:

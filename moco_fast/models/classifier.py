@@ -22,7 +22,7 @@ class Classifier(Method):
         classes: number of classes.
     """
 
-    ENCODER = "encoder"
+    encoder: nn.Module
 
     def __init__(self, backbone: nn.Module, head: str, width: int, classes: int) -> None:
         super().__init__()

@@ -44,8 +44,6 @@ class DINO(Method):
         >>> loss = model(view_1, view_2, m=0.996)
     """
 
-    ENCODER = "teacher"
-
     center: Tensor
 
     # The same on all ranks since the first step; DDP would broadcast it in every forward.
@@ -77,6 +75,11 @@ class DINO(Method):
         self.register_buffer("center", torch.zeros(prototypes))
         self._settled = False  # the ranks hold one center
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The submodule that is pretrained and kept."""
+        return self.teacher
+
     def forward(
         self,
         x1: Tensor,  # (N, ...)
@@ -104,6 +107,7 @@ class DINO(Method):
         Raises:
             TypeError, ValueError: views that are no images or do not match, m or a temperature out of range.
             Disagreement: on every rank, if ranks were given different things.
+            RuntimeError: sharded by FSDP2.
         """
         teacher_T = self.teacher_T if teacher_T is None else teacher_T
         steps.agree(self, lambda: self._facts(x1, x2, m, teacher_T), getattr(x1, "device", None))
@@ -149,6 +153,11 @@ class DINO(Method):
         return [*encoders, (self.teacher_prototypes, self.prototypes)]
 
     def _facts(self, x1: Tensor, x2: Tensor, m: object, teacher_T: object) -> dict[str, object]:
+        if hasattr(self, "unshard"):  # FSDP2 has gathered the prototypes, and drops what is written to them
+            raise RuntimeError(
+                "DINO cannot be sharded by FSDP2: its teacher's prototypes, which a step updates, are "
+                "parameters of the model itself. DistributedDataParallel serves."
+            )
         checks.temperature(self.student_T, name="student_T")  # these may have been set since the constructor
         checks.momentum(self.center_momentum, name="center_momentum")
         own = {

@@ -37,7 +37,7 @@ class EndToEnd(Method):
         >>> loss = model(view_1, view_2)
     """
 
-    ENCODER = "encoder"
+    encoder: nn.Module
 
     def __init__(
         self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.07, mlp: bool = False

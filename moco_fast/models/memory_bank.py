@@ -27,9 +27,8 @@ class MemoryBank(Method):
 
     ``row <- normalise(momentum * row + (1 - momentum) * feature)`` for every image of a step, after its loss.
 
-    Over several ranks the bank is the same on all of them. The negatives of a step are drawn from the global
-    generator of the rank: ranks that are seeded alike draw the same, as one process would for the whole
-    batch.
+    Over several ranks the bank is the same on all of them, and so are the negatives of a step: those that one
+    process draws for the whole batch.
 
     Args:
         base_encoder: called as ``base_encoder(num_classes=dim)``.
@@ -44,6 +43,7 @@ class MemoryBank(Method):
     Attributes:
         bank: (count, dim) float32, unit rows, random at first (section 3.1).
         Z: () float64, the constant of "nce", estimated on the first batch (section 3.2); 0 before.
+        generator: draws the negatives; a checkpoint from which losses shall repeat holds its ``state()``.
 
     Raises:
         TypeError, ValueError: an argument out of range, named.
@@ -53,7 +53,7 @@ class MemoryBank(Method):
         >>> loss = model(view, indices)
     """
 
-    ENCODER = "encoder"
+    encoder: nn.Module
 
     bank: Tensor
     Z: Tensor
@@ -84,6 +84,7 @@ class MemoryBank(Method):
         self.encoder = encoder
         self.register_buffer("bank", F.normalize(2 * torch.rand(count, dim) - 1, dim=1))
         self.register_buffer("Z", torch.zeros((), dtype=torch.float64))
+        self.generator = distributed.CommonGenerator()
         self._settled = False  # the ranks hold one bank, and Z is known
 
     def forward(
@@ -116,6 +117,8 @@ class MemoryBank(Method):
         features = F.normalize(self.encoder(im).to(self.bank.dtype), dim=1)
         if self.training and not self._settled:
             distributed.broadcast_(self.bank, self.Z)
+        if self.training and self.generator.generator is None:
+            self.generator.agree(self.bank.device)
         positive, drawn = ops.take_rows(self.bank, indices), ops.take_rows(self.bank, self._draw())
         Z = self._normaliser(features, drawn)
         loss, stats = self._loss(features, positive, drawn, Z, return_stats)
@@ -127,9 +130,12 @@ class MemoryBank(Method):
 
     def _draw(self) -> Tensor:
         """Rows of the bank, (K,) int64."""
-        # Evaluation neither moves the global generator nor depends on it.
-        generator = None if self.training else torch.Generator(self.bank.device).manual_seed(0)
-        return torch.randint(len(self.bank), (self.K,), device=self.bank.device, generator=generator)
+        # Evaluation neither moves the generator nor depends on it.
+        generator = self.generator.generator if self.training else torch.Generator().manual_seed(0)
+        rows = torch.randint(len(self.bank), (self.K,), generator=generator)
+        if self.bank.is_cuda:
+            rows = rows.pin_memory().to(self.bank.device, non_blocking=True)
+        return rows
 
     def _normaliser(self, features: Tensor, drawn: Tensor) -> Tensor:
         """Z, or an estimate of it where none has been made."""
@@ -150,8 +156,7 @@ class MemoryBank(Method):
             _, found = ops.info_nce(features.detach(), positive, drawn, self.T, return_stats=True)
         else:
             loss, found = ops.info_nce(features, positive, drawn, self.T, return_stats=True)
-        hits = (found.rank == 0).to(found.pos.dtype)
-        return loss, {"pos_sim": found.pos.mean(), "neg_sim": found.neg.mean(), "acc1": hits.mean()}
+        return loss, found.means()
 
     @torch.no_grad()
     def _write(self, features: Tensor, rows: Tensor, indices: Tensor) -> None:
@@ -168,7 +173,10 @@ class MemoryBank(Method):
         shapes = steps.check_views(im=im)
         checks.in_range("indices", checks.per_row("indices", indices, "im", im), len(self.bank))
         own = (self.bank.shape, self.K, self.T, self.momentum, self.objective, self._settled)
-        return shapes | {"the bank, K, T, momentum, loss, and whether they are settled": own}
+        return shapes | {
+            "the bank, K, T, momentum, loss, and whether they are settled": own,
+            "the state of the generator": self.generator.digest(),
+        }
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 
 class Method(nn.Module):
-    """Base of all models. A subclass names its encoder, and sets ``head`` when it is built.
+    """Base of all models. A subclass sets ``encoder`` and ``head`` when it is built.
 
     Attributes:
-        ENCODER: name of the submodule that is pretrained and kept.
-        encoder: that submodule, which may have this very name.
+        encoder: what is pretrained and kept; a submodule, or a property that returns one of another name.
         head: dotted path, inside the encoder, of what follows the pooled features.
     """
 
-    ENCODER: ClassVar[str]
-    encoder: nn.Module
     head: str
 
-    def __getattr__(self, name: str) -> Any:  # of what is no plain attribute, as submodules are
-        return super().__getattr__(self.ENCODER if name == "encoder" else name)
+    if TYPE_CHECKING:
+
+        @property
+        def encoder(self) -> nn.Module:
+            """Read-only here, so that a subclass may have either."""
 
     def features(
         self,

@@ -6,9 +6,9 @@ Representation Learning", algorithm 1; Chen et al. 2020, "Improved Baselines".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,13 @@ from moco_fast.models.method import Method
 from moco_fast.norm import sees_neighbours, split_batchnorm
 from moco_fast.queue import KeyQueue
 
-_Keys: TypeAlias = tuple[Tensor, Tensor | None]  # keys, and the order to write them in
+
+class Keys(NamedTuple):
+    """What a part of a step has to enqueue, of one direction."""
+
+    rows: Tensor  # (M, dim)
+    order: Tensor | None  # (M,) order to write them in, None: as they are
+    labels: Tensor | None = None  # (M,) int64, as they are written; of SupMoCo
 
 
 class MoCo(Method, KeyQueue):
@@ -63,8 +69,6 @@ class MoCo(Method, KeyQueue):
         >>> loss = model.loss(view_1, view_2)  # or fused: no logits in memory
     """
 
-    ENCODER = "encoder_q"
-
     # DDP would otherwise broadcast the queue, 33 MB, in every forward.
     _ddp_params_and_buffers_to_ignore: tuple[str, ...] = ("queue", "queue_ptr")
 
@@ -99,7 +103,7 @@ class MoCo(Method, KeyQueue):
         self.K, self.m, self.T = K, m, T
         self.bn_splits, self.queue_sync, self.symmetric = bn_splits, queue_sync, symmetric
         self.shuffle_bn = shuffle_bn
-        self._waiting: list[list[_Keys]] = []  # what the parts of a step have to enqueue, by direction
+        self._waiting: list[list[Keys]] = []  # what the parts of a step have to enqueue, by direction
         self._accumulation_steps = 1
         self.head = head
         self.ema_in_step = False
@@ -110,6 +114,11 @@ class MoCo(Method, KeyQueue):
             param_k.requires_grad = False
         self.shuffle = distributed.BatchShuffle()
         self._parameter_digest: str | None = None
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The submodule that is pretrained and kept."""
+        return self.encoder_q
 
     def forward(
         self,
@@ -217,12 +226,10 @@ class MoCo(Method, KeyQueue):
         waiting, self._waiting = self._waiting, []
         # The second direction's keys, those of the first view, are the first to be enqueued.
         for parts in reversed(list(zip(*waiting, strict=True))):
-            if len(parts) == 1:
-                self.enqueue_(*parts[0])
-            else:
-                self.enqueue_(
-                    torch.cat([k if order is None else ops.take_rows(k, order) for k, order in parts])
-                )
+            self._enqueue_step(_in_one(parts))
+
+    def _enqueue_step(self, keys: Keys) -> None:
+        self.enqueue_(keys.rows, keys.order)
 
     @property
     def accumulation_steps(self) -> int:
@@ -241,8 +248,9 @@ class MoCo(Method, KeyQueue):
         return_loss: bool,
         return_stats: bool,
         further: Callable[[], dict[str, object]] = dict,  # checks and facts of a subclass
-    ) -> tuple[Tensor, Tensor, Callable[[], None]]:
-        """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks.
+    ) -> tuple[Tensor, Tensor, Callable[..., None]]:
+        """Queries (N, dim) with gradient, their keys without, and what enqueues the keys of all ranks,
+        in training with labels if they are given.
 
         A symmetric model's are (2N, dim): im_q against im_k, then im_k against im_q.
         """
@@ -282,29 +290,39 @@ class MoCo(Method, KeyQueue):
         return distributed.Exchange(images, self.shuffle.plan(len(images), self.bn_splits, images.device))
 
     def _update_key_encoder(self) -> None:
-        keys, queries = ([*encoder.parameters()] for encoder in (self.encoder_k, self.encoder_q))
-        ops.ema_update_(distributed.local_shards(keys), distributed.local_shards(queries), self.m)
-        unshard: Any = getattr(self.encoder_k, "unshard", None)
-        if unshard is not None:  # else FSDP2 gathers on a stream that has not waited for this
-            unshard()
+        pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+        steps.follow_(self.encoder_k, pairs, self.m)
 
-    def _keys(self, images: Tensor, exchange: distributed.Exchange | None) -> tuple[Tensor, _Keys]:
+    def _keys(self, images: Tensor, exchange: distributed.Exchange | None) -> tuple[Tensor, Keys]:
         """This rank's keys (N, dim); and those to enqueue, with the order to write them in."""
         if exchange is None:
             k = self.encoder_k(images)
-            return k, (distributed.all_gather_rows(k) if self.queue_sync == "global" else k, None)
+            return k, Keys(distributed.all_gather_rows(k) if self.queue_sync == "global" else k, None)
         shuffled = self.encoder_k(exchange.images())
         if self.queue_sync == "global":
             k, gathered = exchange.keys_of_all(shuffled)
-            return k, (gathered, exchange.plan.home)
+            return k, Keys(gathered, exchange.plan.home)
         k = exchange.keys_back(shuffled)
-        return k, (k, None)
+        return k, Keys(k, None)
 
-    def _end_part(self, keys: list[_Keys]) -> None:
+    def _end_part(
+        self,
+        keys: list[Keys],
+        labels: Tensor | None = None,  # of the images whose keys they are
+    ) -> None:
         """Enqueue the keys of a step; those of its earlier parts wait for the last."""
-        self._waiting.append(keys)
+        self._waiting.append([part._replace(labels=labels) for part in keys])
         if len(self._waiting) == self.accumulation_steps:
             self.end_step()
+
+
+def _in_one(parts: Sequence[Keys]) -> Keys:
+    """The keys of all parts of a step, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = torch.cat([k.rows if k.order is None else ops.take_rows(k.rows, k.order) for k in parts])
+    labels = [k.labels for k in parts if k.labels is not None]
+    return Keys(rows, None, torch.cat(labels) if labels else None)
 
 
 def contrast_logits(

@@ -46,15 +46,8 @@ def _check_batch(model: MoCo, images: int) -> None:
 
 
 def _check_encoders(model: MoCo, images: int) -> None:
-    if (
-        hasattr(model, "unshard")
-        and not model.ema_in_step
-        and not all(hasattr(p, "to_local") for p in model.parameters())
-    ):  # of FSDP2, which has gathered the parameters by now and drops what is written to them
-        raise RuntimeError(
-            "fully_shard(model) needs fully_shard(model.encoder_q) and fully_shard(model.encoder_k) "
-            "before it, so that the key encoder's shards can be updated"
-        )
+    if not model.ema_in_step:
+        steps.check_shards(model, "encoder_k", "encoder_q")
     if images % model.bn_splits:
         raise ValueError(f"bn_splits={model.bn_splits} must divide the batch, got {images} samples")
     if model.bn_splits > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.encoder_k.modules()):

@@ -66,7 +66,6 @@ class MoCoV3(Method):
         >>> loss = model(view_1, view_2, momentum_at(step / steps, 0.99))
     """
 
-    ENCODER = "base_encoder"
     PROJECTOR_LAYERS: ClassVar[int]
     PREDICTOR_NORM: ClassVar[bool]
 
@@ -96,6 +95,11 @@ class MoCoV3(Method):
             momentum.data.copy_(base.data)
             momentum.requires_grad = False
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The submodule that is pretrained and kept."""
+        return self.base_encoder
+
     def forward(
         self,
         x1: Tensor,  # (N, ...)
@@ -123,12 +127,13 @@ class MoCoV3(Method):
         Raises:
             TypeError, ValueError: views that are no tensors, of different or no images; m or T out of range.
             Disagreement: on every rank, if ranks were given different batches or options.
+            RuntimeError: sharded by FSDP2 as a whole, without its encoders.
         """
         steps.agree(self, lambda: self._facts(x1, x2, m), getattr(x1, "device", None))
+        if self.training:
+            self._update_momentum_encoder(m)
         q = torch.stack([self.predictor(self.base_encoder(x)) for x in (x1, x2)])
         with torch.no_grad():
-            if self.training:
-                self._update_momentum_encoder(m)
             k1, k2 = (self.momentum_encoder(x) for x in (x1, x2))
             k, first = self._all_keys(torch.stack([k2, k1]).to(q.dtype))
         loss = 4 * self.T * ops.contrast(q, k, self.T, labels=first)  # the mean of two directions, times 2
@@ -142,7 +147,7 @@ class MoCoV3(Method):
         both = zip(self.momentum_encoder.parameters(), self.base_encoder.parameters(), strict=True)
         # Frozen ones, as position embeddings, are equal already, and would move apart by rounding.
         pairs = [(momentum, base) for momentum, base in both if base.requires_grad]
-        ops.ema_update_([momentum for momentum, _ in pairs], [base for _, base in pairs], m)
+        steps.follow_(self.momentum_encoder, pairs, m)
 
     def _all_keys(
         self,
@@ -158,6 +163,8 @@ class MoCoV3(Method):
         """What has to be the same on every rank; raises for what is wrong with a step."""
         checks.temperature(self.T, name="T")  # it may have been set since the constructor
         shapes = steps.check_views(x1=x1, x2=x2)
+        if self.training:
+            steps.check_shards(self, "momentum_encoder", "base_encoder")
         value: object = m
         if isinstance(m, Tensor):
             beside = next(self.momentum_encoder.parameters())

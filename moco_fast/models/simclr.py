@@ -38,7 +38,7 @@ class SimCLR(Method):
         >>> loss = model(view_1, view_2)
     """
 
-    ENCODER = "encoder"
+    encoder: nn.Module
 
     def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.1) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ class SimSiam(Method):
         >>> loss = model(view_1, view_2)
     """
 
-    ENCODER = "encoder"
+    encoder: nn.Module
 
     def __init__(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moco_fast import checks, distributed
+from moco_fast import checks, distributed, ops
 from moco_fast.models import heads
 from moco_fast.reference import compute_dtype
 
@@ -90,6 +91,40 @@ def agree(model: nn.Module, check: Callable[[], dict[str, object]], device: torc
         distributed.check_agreement(facts, problem)
     elif problem is not None:
         raise problem
+
+
+def check_shards(
+    model: nn.Module,
+    target: str,  # name of a submodule
+    source: str,
+) -> None:
+    """Check that :func:`follow_` can update what FSDP2 shards.
+
+    Raises:
+        RuntimeError: FSDP2 has gathered the parameters by now, and drops what is written to them.
+    """
+    parameters = [p for name in (source, target) for p in model.get_submodule(name).parameters()]
+    if hasattr(model, "unshard") and not all(hasattr(p, "to_local") for p in parameters):
+        raise RuntimeError(
+            f"fully_shard(model) needs fully_shard(model.{source}) and fully_shard(model.{target}) before "
+            f"it, so that the shards of {target} can be updated"
+        )
+
+
+def follow_(
+    target: nn.Module,
+    pairs: Iterable[tuple[Tensor, Tensor]],  # parameters of the target, and of what they follow
+    m: float | Tensor,
+) -> None:
+    """``target <- m * target + (1 - m) * source``, of a module's parameters; FSDP2's shard by shard.
+
+    Before the target is used, and before what it follows is gathered.
+    """
+    targets, sources = zip(*pairs, strict=True)
+    ops.ema_update_(distributed.local_shards(targets), distributed.local_shards(sources), m)
+    unshard: Any = getattr(target, "unshard", None)
+    if unshard is not None:  # else FSDP2 gathers on a stream that has not waited for this
+        unshard()
 
 
 @torch.no_grad()

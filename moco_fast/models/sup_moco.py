@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_fast import checks, distributed, ops
-from moco_fast.models.moco import MoCo
+from moco_fast.models.moco import Keys, MoCo
 
 
 class SupMoCo(MoCo):
@@ -53,7 +53,6 @@ class SupMoCo(MoCo):
         super().__init__(base_encoder, dim, K, m, T, mlp, **options)
         self.classes = checks.count("classes", classes)
         self.register_buffer("queue_labels", torch.full((K,), -1))
-        self._labels: list[Tensor] = []  # of the keys that wait for the end of the step
 
     def forward(  # type: ignore[override]  # labels are what makes it another model
         self,
@@ -90,15 +89,12 @@ class SupMoCo(MoCo):
             q, k, self.negatives, self.T,
             labels=labels.repeat(directions), queue_labels=self.queue_labels, classes=self.classes,
         )  # fmt: skip
-        stats = {}
+        stats: dict[str, Tensor] = {}
         if return_stats:
             _, found = ops.info_nce(q.detach(), k, self.negatives, self.T, return_stats=True)
-            hits = (found.rank == 0).to(found.pos.dtype)
-            stats = {"pos_sim": found.pos.mean(), "neg_sim": found.neg.mean(), "acc1": hits.mean()}
+            stats = found.means()
         if self.training:
-            everywhere = self.queue_sync == "global"
-            self._labels.append(distributed.all_gather_rows(labels) if everywhere else labels)
-        enqueue()
+            enqueue(distributed.all_gather_rows(labels) if self.queue_sync == "global" else labels)
         return (loss, stats) if return_stats else loss
 
     def loss(self, *arguments: Any, **options: Any) -> Any:
@@ -109,17 +105,20 @@ class SupMoCo(MoCo):
         """
         raise TypeError("SupMoCo has no loss without labels: call the model, model(im_q, im_k, labels)")
 
-    def enqueue_(self, keys: Tensor, order: Tensor | None = None) -> None:
-        """Replace the oldest keys and their labels; keys from outside a step have none."""
-        labels = torch.cat(self._labels) if self._labels else self.queue_labels.new_full((len(keys),), -1)
+    def enqueue_(
+        self,
+        keys: Tensor,  # (N, dim), raw, N <= K
+        order: Tensor | None = None,  # (N,) int64
+        labels: Tensor | None = None,  # (N,) int64, in the order in which keys are written
+    ) -> None:
+        """Replace the oldest keys and their labels; without labels they have none."""
+        labels = self.queue_labels.new_full((len(keys),), -1) if labels is None else labels
         slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
         super().enqueue_(keys, order)
         self.queue_labels.index_copy_(0, slots, labels)
 
-    def end_step(self) -> None:
-        """Enqueue what waits, with its labels."""
-        super().end_step()
-        self._labels = []
+    def _enqueue_step(self, keys: Keys) -> None:
+        self.enqueue_(*keys)
 
     def checksum(self) -> Tensor:
         """That of the queue and of its labels."""

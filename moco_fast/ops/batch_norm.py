@@ -62,20 +62,29 @@ def _(x, weight, bias, splits, eps):
 
 @torch.library.custom_op("moco_fast::split_batch_norm_backward", mutates_args=())
 def _split_batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    forced: str | None = None,  # what was at the forward pass, "" for nothing; None: what is now
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = backends.choose("split_batch_norm", (x, dy))
+    name = backends.forced() if forced is None else forced
+    backend = backends.choose_as(name, "split_batch_norm", (x, dy))
     return backend.split_batch_norm_backward(dy, x, weight, mean, var, eps)
 
 
 @_split_batch_norm_backward.register_fake
-def _(dy, x, weight, mean, var, eps):
+def _(dy, x, weight, mean, var, eps, forced=None):
     dw, db = (mean.new_empty((x.shape[1],)) for _ in range(2))
     return torch.empty_like(reference.dense(x)), dw, db
 
 
 def _save(ctx, inputs, output):
     x, weight, bias, _, ctx.eps = inputs
+    # Compiled functions outlive processes, which force one backend or another: they choose when they run.
+    ctx.forced = None if torch.compiler.is_compiling() else backends.forced() or ""
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, *output[1:])
     ctx.set_materialize_grads(False)  # mean and var are detached: no zeros in place of their gradients
@@ -85,7 +94,7 @@ def _gradients(ctx, dy, *_):
     if dy is None:
         return None, None, None, None, None
     x, weight, mean, var = ctx.saved_tensors
-    dx, dw, db = _split_batch_norm_backward(dy, x, weight, mean, var, ctx.eps)
+    dx, dw, db = _split_batch_norm_backward(dy, x, weight, mean, var, ctx.eps, ctx.forced)
     dw = None if weight is None else dw.to(weight.dtype)
     return dx, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None, None
 

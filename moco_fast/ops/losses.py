@@ -18,6 +18,11 @@ class InfoNCEStats(NamedTuple):
     pos: Tensor  # (N,) cosine of query and key
     neg: Tensor  # (N,) mean cosine of query and queue
 
+    def means(self) -> dict[str, Tensor]:
+        """Means over the queries, 0-d: "pos_sim", "neg_sim" and "acc1", the share with rank 0."""
+        acc1 = (self.rank == 0).to(self.pos.dtype).mean()
+        return {"pos_sim": self.pos.mean(), "neg_sim": self.neg.mean(), "acc1": acc1}
+
 
 def info_nce(
     q: Tensor,  # (N, C)

@@ -103,7 +103,9 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
+    """The device of "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1"; a GPU becomes the current one.
+
+    Random state is saved, restored and forked of the current GPU.
 
     Raises:
         ValueError: no such device here.
@@ -114,6 +116,8 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # unknown name, or no usable GPU
         reason = str(error).splitlines()[0]

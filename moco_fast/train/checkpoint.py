@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_fast import __version__, checks
+from moco_fast.files import whole
 
 FILE_NAME = "checkpoint.pth"
 PREFIX = "module."
@@ -38,23 +39,15 @@ def write_atomic(path: Path, checkpoint: dict[str, Any]) -> None:
 
     Whenever the process dies, ``path`` holds the previous checkpoint or this one, whole.
     """
-    aside = path.with_name(path.name + ".tmp")
     try:
-        with open(aside, "wb") as file:
+        # One name for all: a process that is killed leaves gigabytes, which the next checkpoint replaces.
+        aside = path.with_name(path.name + ".tmp")
+        with whole(path, sync=True, aside=aside), open(aside, "wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        aside.unlink(missing_ok=True)
         raise OSError(
             f"{path} could not be written ({_first_line(error)}); the one before is kept"
         ) from error
-    os.replace(aside, path)
-    directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def read(

@@ -230,7 +230,7 @@ def _finetune(
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["lr_scale"]
                     images = read.images.to(device, non_blocking=True).expand(-1, start.channels, -1, -1)
-                    aspect = None if read.aspect is None else read.aspect.to(device)
+                    aspect = None if read.aspect is None else read.aspect.to(device, non_blocking=True)
                     part = (rank(), world_size())
                     seen = random_view(images, augment, start.mean, start.std, randomness, aspect, part)
                     targets = labels[read.indices].to(device, non_blocking=True)

@@ -20,6 +20,7 @@ from moco_fast.distributed import check_agreement, from_all, largest, rank, worl
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import extra
+from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.method import Method
 from moco_fast.models.moco import MoCo
 from moco_fast.norm import average_statistics_, sees_neighbours
@@ -150,6 +151,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
         alarm.set_state(saved["moco_fast"].get("collapse", alarm.state()))
         if isinstance(model, MoCo):
             _restore_queue(model, saved["moco_fast"], config)
+        if isinstance(model, MemoryBank) and (negatives := saved["moco_fast"].get("negatives")) is not None:
+            model.generator.set_state(negatives)
     run.describe(config, dataset=dataset.note)
 
     # kNN accuracy of pixels and of the untrained encoder: what the training has to beat
@@ -184,6 +187,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
             "accuracy": accuracy,
             "collapse": alarm.state(),
             "shuffle": model.shuffle.state() if isinstance(model, MoCo) else None,
+            "negatives": model.generator.state() if isinstance(model, MemoryBank) else None,
             "queues": _queues(model, config),
         }
         run.save(
@@ -223,7 +227,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(config, step, steps_per_epoch)
                     images = read.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
-                    aspect = None if read.aspect is None else read.aspect.to(device)
+                    aspect = None if read.aspect is None else read.aspect.to(device, non_blocking=True)
                     part = rank(), world_size()
                     views: tuple[Tensor, ...]
                     if row.views == 1:

@@ -87,8 +87,7 @@ def _moco(
 
 def _moco_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
     loss, stats = model(views.first, views.second, return_loss=True, return_stats=True)
-    hits = (stats.rank == 0).float().mean()
-    return loss, {"pos_sim": stats.pos.mean(), "neg_sim": stats.neg.mean(), "acc1": hits}
+    return loss, stats.means()
 
 
 def _sup_moco(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
