@@ -52,10 +52,11 @@ def make(n: int, k: int, c: int, temperature: float, clustered: bool, device: to
     return Inputs(q.to(device).requires_grad_(), keys.to(device), queue, queue.t().contiguous(), temperature)
 
 
-def ours(backend: str, precision: str = "high") -> Run:
+def ours(backend: str, precision: str = "high", mirror: bool = False) -> Run:
     def run(x: Inputs) -> tuple[Tensor, Tensor]:
         with moco_fast.use_backend(backend):
-            loss = moco_fast.info_nce(x.q, x.k, x.queue, x.temperature, precision=precision)
+            queue = x.mirror if mirror else x.queue
+            loss = moco_fast.info_nce(x.q, x.k, queue, x.temperature, precision=precision)
             return loss, *torch.autograd.grad(loss, x.q)
 
     return run
@@ -100,6 +101,9 @@ def case(size: tuple[int, int, int], device: torch.device = CPU, temperature: fl
         elif device.type == "cuda":
             for precision, options in PRECISIONS.items():
                 peers[f"{OURS} {backend}, {precision}"] = peer(ours(backend, precision), **options)
+            # What the model runs.
+            mirrored = ours(backend, "high", mirror=True)
+            peers[f"{OURS} {backend}, high, fp16 mirror"] = peer(mirrored, **PRECISIONS["high"])
         else:  # "high" and "highest" are both fp32 on a CPU
             peers[f"{OURS} {backend}"] = peer(ours(backend))
             if native.has_bf16_units():

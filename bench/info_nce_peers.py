@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class Inputs:
     queue: Tensor  # (K, C), unit rows
     buffer: Tensor  # (C, K), the official layout of the same queue
     temperature: float
+
+    @cached_property
+    def mirror(self) -> Tensor:
+        """The queue in fp16, which ``KeyQueue`` keeps in step with it on a GPU."""
+        return self.queue.half()
 
 
 Run = Callable[[Inputs], tuple[Tensor, Tensor]]  # mean loss, its gradient to q

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from bench import cuda, device, measure, report, tiles
 from bench.isolated import Processes, reason
-from moco_fast.commands.bar import Bar
+from moco_fast.bar import Bar
 
 SECONDS = 1.0  # of timing per class of shapes
 SHOWN = 5

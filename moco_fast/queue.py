@@ -91,9 +91,9 @@ class KeyQueue(Ring):
         ValueError: dim or K below 1.
 
     Example:
-        >>> negatives = moco_fast.KeyQueue(128, 65536)
-        >>> loss = moco_fast.info_nce(q, k, negatives.rows)
-        >>> negatives.enqueue_(k)
+        >>> ring = moco_fast.KeyQueue(128, 65536)
+        >>> loss = moco_fast.info_nce(q, k, ring.negatives)
+        >>> ring.enqueue_(k)
     """
 
     queue: Tensor

@@ -8,13 +8,17 @@ from typing import get_args, get_type_hints
 import pytest
 from PIL import Image
 
-from moco_fast import backends, commands
-from moco_fast.cli import main
+from moco_fast import backends
 from moco_fast.data import download
 from moco_fast.extras import extra
 from moco_fast.models.backbones import ANY_CHANNELS
 from moco_fast.train import checkpoint
 from moco_fast.train.presets import PRESETS
+
+pytest.importorskip("tyro", reason="tyro is not installed: there is no command line")
+
+from moco_fast import commands
+from moco_fast.cli import main
 
 TINY = ["pretrain", "--data", "digits", "--epochs", "1", "--width", "8", "--dim", "16", "--knn-bank", "200"]
 TINY += ["--threads", "1"]  # faster at this size

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moco_fast.commands import run
 from moco_fast.data.augment import AugmentConfig, center_view, random_view
 from moco_fast.data.datasets import load_dataset
 from moco_fast.data.images import Dataset, ImageSet, MemoryImages
@@ -23,6 +22,10 @@ from moco_fast.train.build import build_model
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.methods import Facts
 from moco_fast.train.pretrained import load_pretrained
+
+pytest.importorskip("tyro", reason="tyro is not installed: there is no command line")
+
+from moco_fast.commands import run
 
 CPU = torch.device("cpu")
 CONFIG = LinearConfig(epochs=3, batch_size=32, lr=(0.1, 1.0, 10.0))

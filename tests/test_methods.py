@@ -10,7 +10,6 @@ import ranks
 import torch
 from rich.console import Console
 
-from moco_fast.commands import run as command
 from moco_fast.data.augment import AugmentConfig
 from moco_fast.train import checkpoint
 from moco_fast.train.collapse import RANK, SPREAD
@@ -19,6 +18,10 @@ from moco_fast.train.loop import pretrain
 from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS
 from moco_fast.train.pretrained import load_pretrained
+
+pytest.importorskip("tyro", reason="tyro is not installed: there is no command line")
+
+from moco_fast.commands import run as command
 
 TINY = PretrainConfig(
     data="digits", epochs=1, batch_size=256, width=8, dim=16, log_every=1, knn_every=10**9, knn_bank=200,

@@ -14,9 +14,6 @@ import torch.distributed as dist
 from PIL import Image
 from rich.console import Console
 
-import moco_fast.commands.study as study_command
-from bench import studies
-from moco_fast.commands import run as command
 from moco_fast.data.augment import AugmentConfig
 from moco_fast.study import figure, plans, sweep
 from moco_fast.study.results import Row, read_rows, summarise, write_rows
@@ -24,6 +21,12 @@ from moco_fast.train.config import PretrainConfig
 from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS
 from moco_fast.train.processes import joined
+
+pytest.importorskip("tyro", reason="tyro is not installed: there is no command line")
+
+import moco_fast.commands.study as study_command
+from bench import studies
+from moco_fast.commands import run as command
 
 TINY = PretrainConfig(
     data="digits", epochs=1, batch_size=256, width=8, dim=16, queue_size=512, log_every=1, knn_every=10**9,

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from moco_fast._version import __version__
-from moco_fast.commands.bar import Bar
+from moco_fast.bar import Bar
 from moco_fast.commands.tables import linear_table, sweep_table
 from moco_fast.evaluate.linear import LinearConfig, LinearResult, evaluate_linear
 from moco_fast.files import write_text
