@@ -248,10 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all stages, print the table, return the exit code."""
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    default = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
-    parser.add_argument(
-        "--out", type=Path, default=default, metavar="DIR", help="default: $OUT, or build/gpu-check"
-    )
+    default = ROOT / "build" / "gpu-check"
+    parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: build/gpu-check")
     out = parser.parse_args(arguments).out.resolve()
     name = gpu()
     if name is None:

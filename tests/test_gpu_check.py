@@ -61,9 +61,8 @@ def test_stages_go_on_after_failures(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_check, "gpu", lambda: "Some GPU")
     monkeypatch.setattr(gpu_check, "stages", stages)
-    monkeypatch.setenv("OUT", str(out))
     begin = time.monotonic()
-    assert gpu_check.main([]) == 1
+    assert gpu_check.main(["--out", str(out)]) == 1
     assert time.monotonic() - begin < 50
     assert {path.name for path in out.iterdir()} == {"gpu-check.json", "gpu-check.log", "gpu.json"}
     written = json.loads((out / "gpu-check.json").read_text())
