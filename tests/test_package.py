@@ -17,7 +17,7 @@ ROOT = Path(moco_fast.__file__).parent
 
 # Lowest first; a module may import from its own row and from rows above it. First match wins.
 LAYERS = [
-    ("_version", "exports", "extras", "reference"),
+    ("_version", "bar", "exports", "extras", "reference"),
     ("native", "kernels"),
     ("checks",),
     ("backends",),

@@ -149,7 +149,7 @@ def test_odd_features_have_no_positions():
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.models.vision_transformer", None)
-    with pytest.raises(ImportError, match=r"timm.*is needed here.*pip install moco_fast\[train\]"):
+    with pytest.raises(ImportError, match=r"timm.*is needed here.*pip install .*\[train\]"):
         vits.small_vit()
 
 
