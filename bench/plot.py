@@ -71,7 +71,7 @@ def _panel(axes: Axes, case: dict) -> None:
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(left=False)
-    axes.set_title(f"{case['op']}   {case['label']}", loc="left", fontsize=11)
+    axes.set_title(f"{case['op']}   {case['label']}", loc="left", fontsize=10)
 
 
 def _colour(peer: dict) -> str:
