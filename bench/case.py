@@ -35,7 +35,7 @@ def trusted(name: str) -> bool:
 
 def reason(error: Exception) -> str:
     """What an error says, in a line; its type too, unless it is one of ours."""
-    told = str(error).strip().split("\n")[0][:200]
+    told = (str(error).strip() or "no reason given").split("\n")[0][:200]
     return told if isinstance(error, WrongResult | Absent) else f"{type(error).__name__}: {told}"
 
 

@@ -116,7 +116,7 @@ def walk(
                     fail(op, label, reason(error))
                 del case  # freed before the next one is made
                 task = progress.add_task(f"{op}: preparing", total=None)
-        except Exception as error:
+        except Exception as error:  # of what makes the next case: likewise
             fail(op, f"the case after {label}" if label else "its first case", reason(error))
         progress.remove_task(task)
 

@@ -9,11 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
 
-
-def reason(error: Exception) -> str:
-    """An exception in a line."""
-    text = (str(error).strip() or "no reason given").split("\n")[0][:160]
-    return f"{type(error).__name__}: {text}"
+from bench.case import reason
 
 
 class Processes(AbstractContextManager):

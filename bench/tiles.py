@@ -16,8 +16,6 @@ from collections.abc import Hashable
 from pathlib import Path
 from types import ModuleType
 
-from moco_fast import files
-
 WIDTH = 110  # of a line, as ruff formats
 
 
@@ -56,11 +54,6 @@ def measured_on(report: dict) -> str:
     """Device and versions, which figures that are compared must share."""
     about = report["device"]
     return f"{about['processor']}, torch {about['torch']}, triton {about['triton']}"
-
-
-def save(path: Path, report: dict) -> None:
-    """Write a report, whole or not at all."""
-    files.write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def load(path: Path) -> dict:

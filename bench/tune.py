@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import cuda, device, measure, report, tiles
-from bench.isolated import Processes, reason
+from bench.case import reason
+from bench.isolated import Processes
 from moco_fast.bar import Bar
 
 SECONDS = 1.0  # of timing per class of shapes
@@ -195,7 +196,7 @@ def tune(
         left.remove(one)
         found["classes"] = [e for e in found["classes"] if (e["op"], e["class"]) != one] + [entry]
         if out:
-            tiles.save(out, found)
+            report.write_json(out, found)
     for op in dict.fromkeys(op for op, _ in todo):
         entries = [entry for entry in found["classes"] if (entry["op"], entry["class"]) in todo]
         show(op, [entry for entry in entries if entry["op"] == op], console)

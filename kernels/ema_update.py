@@ -78,6 +78,11 @@ def _ema_update(
         _chunk(state, source, copy, at, at < length, keep, take, ARITHMETIC, HAS_COPY)
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 _captured: list[Tensor] = []  # a graph reads its table for as long as it lives, which nobody tells
 
 
@@ -89,7 +94,7 @@ def _table(
     device: torch.device,
 ) -> Tensor:
     """Chunks of at most ``block`` elements, (CHUNKS, 4) on the device."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         raise RuntimeError(
             "ema_update_ on the triton backend must run once on these tensors before it is captured in a "
             "CUDA graph: its first call copies their addresses to the GPU"
@@ -152,7 +157,7 @@ def _launch(
     table = _table(addresses, tuple(dtype.itemsize for dtype in dtypes), block, device)  # type: ignore[arg-type]
     if len(table) == 0:
         return
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         _captured.append(table)
     if dtypes[0] == torch.float64:
         m = m.to(device)  # as an argument of a kernel a number has fp32

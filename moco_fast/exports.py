@@ -8,19 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def imported_when_used(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` (PEP 562).
+def imported_when_used(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's ``__getattr__`` and ``__dir__`` (PEP 562).
 
     Args:
         package: its ``__name__``.
         homes: the submodule that defines a name, by name.
     """
+    module = sys.modules[package]
 
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
-        setattr(sys.modules[package], name, value)
+        setattr(module, name, value)
         return value
 
-    return get
+    return get, lambda: sorted({*vars(module), *homes})

@@ -18,8 +18,8 @@ from moco_fast.distributed import from_rank_0, rank
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.finetune import FinetuneOutcome, finetune
 from moco_fast.train.finetune_config import FinetuneConfig
-from moco_fast.train.processes import joined, may_restart, restarted
-from moco_fast.train.run import Resume, config_of
+from moco_fast.train.processes import joined
+from moco_fast.train.run import config_of, resume_or_begin
 
 
 @dataclass
@@ -49,15 +49,7 @@ class Finetune:
         """Returns the exit status."""
         if (self.checkpoint is None) == (self.resume is None):
             raise ValueError("give either a checkpoint to start from or --resume with a fine-tuning run")
-        if self.resume and self.out:
-            raise ValueError(
-                f"out must be left out with --resume, which goes on in its own folder; got {self.out}"
-            )
-        if may_restart() and not (self.resume or self.out):
-            raise ValueError(
-                "out must be given where torchrun may restart a run, so that it finds its checkpoint"
-            )
-        resume: Resume = True if self.resume else "restart" if restarted() else False
+        resume = resume_or_begin(self.resume, self.out)
         config, console = self.config, Console()
         if config.data is not None:
             config = replace(config, data=absolute(config.data))

@@ -20,8 +20,8 @@ from moco_fast.train.config import PretrainConfig
 from moco_fast.train.loop import pretrain
 from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS, preset_for
-from moco_fast.train.processes import joined, may_restart, restarted
-from moco_fast.train.run import Resume, check_kept, config_of
+from moco_fast.train.processes import joined
+from moco_fast.train.run import check_kept, config_of, resume_or_begin
 
 if TYPE_CHECKING:
     PresetName = str
@@ -50,16 +50,8 @@ class Pretrain:
             raise ValueError(
                 f"preset must be left out with --resume, which has its own config; got {self.preset}"
             )
-        if self.resume and self.out:
-            raise ValueError(
-                f"out must be left out with --resume, which goes on in its own folder; got {self.out}"
-            )
+        resume = resume_or_begin(self.resume, self.out)
         config = replace(self.config, data=absolute(self.config.data))
-        if may_restart() and not (self.resume or self.out):
-            raise ValueError(
-                "out must be given where torchrun may restart a run, so that it finds its checkpoint"
-            )
-        resume: Resume = True if self.resume else "restart" if restarted() else False
         console = Console()
         with joined(config.device):
             name = from_rank_0(f"{Path(config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -20,8 +20,4 @@ _HOMES = {
     "random_view": "augment",
 }
 
-__getattr__ = imported_when_used(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imported_when_used(__name__, _HOMES)

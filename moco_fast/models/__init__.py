@@ -43,8 +43,4 @@ _HOMES = {
     "backbone": "backbones",
 }
 
-__getattr__ = imported_when_used(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imported_when_used(__name__, _HOMES)

@@ -1,6 +1,6 @@
 """Learning rates that fall from the head of a network to its stem.
 
-Tests: tests/test_finetune.py.
+Tests: tests/test_layers.py.
 """
 
 from __future__ import annotations

@@ -160,12 +160,13 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
         dataset, image_size=size, mean=mean, std=std, device=device,
         k=config.knn_k, bank=config.knn_bank, workers=config.workers,
     )  # fmt: skip
-    if saved is None and not (reason := probe.measurable()):
-        accuracy = on_rank_0(
-            lambda: {"raw pixels": probe.accuracy(None), "random init": probe.accuracy(model)}
-        )
-    elif saved is None:
-        console.print(f"No kNN accuracy: {reason}.")
+    if saved is None:
+        if reason := probe.measurable():
+            console.print(f"No kNN accuracy: {reason}.")
+        else:
+            accuracy = on_rank_0(
+                lambda: {"raw pixels": probe.accuracy(None), "random init": probe.accuracy(model)}
+            )
     replica = replicated(model, config, device)
 
     if step < total:

@@ -4,7 +4,7 @@
 starts again whatever failed, also what had refused a folder of somebody else: by these two a process that was
 started again knows its own run.
 
-Tests: tests/test_train.py, tests/test_train_processes.py, tests/test_finetune.py.
+Tests: tests/test_run.py, tests/test_train_processes.py, tests/test_finetune.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moco_fast.train.checkpoint import CheckpointError
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.meter import check_weights
-from moco_fast.train.processes import launch, on_rank_0
+from moco_fast.train.processes import launch, may_restart, on_rank_0, restarted
 
 CONFIG_FILE = "config.json"
 Resume = bool | Literal["auto", "restart"]
@@ -127,6 +127,21 @@ class Run(Generic[C]):
             random=random, facts=facts,
         )  # fmt: skip
         on_rank_0(lambda: checkpoints.write_atomic(self.folder / checkpoints.FILE_NAME, state))
+
+
+def resume_or_begin(resume: Path | None, out: Path | None) -> Resume:
+    """What the options ``--resume`` and ``--out`` of a command come to, as torchrun started it.
+
+    Raises:
+        ValueError: both, or neither where torchrun may restart the run.
+    """
+    if resume and out:
+        raise ValueError(f"out must be left out with --resume, which goes on in its own folder; got {out}")
+    if may_restart() and not (resume or out):
+        raise ValueError(
+            "out must be given where torchrun may restart a run, so that it finds its checkpoint"
+        )
+    return True if resume else "restart" if restarted() else False
 
 
 def open_run(config: C, out: Path, resume: Resume, **arguments: str | None) -> Run[C]:
