@@ -26,6 +26,7 @@ pytest.importorskip("tyro", reason="tyro is not installed: there is no command l
 
 import moco_fast.commands.study as study_command
 from bench import studies
+from moco_fast.cli import main
 from moco_fast.commands import run as command
 
 TINY = PretrainConfig(
@@ -227,3 +228,20 @@ def test_rank_0_alone_speaks_and_writes(tmp_path):
     (written, said), other = ranks.run(2, rank_of_a_study, port, tmp_path / "out", folder=tmp_path)
     assert written == ["table.md", "figure"] and "table.md and figure.png are in" in said
     assert other == ([], "")
+
+
+def test_study_remembers_where_its_images_are(tmp_path, monkeypatch):
+    from moco_fast.commands import study
+    from moco_fast.study.sweep import Sweep
+
+    seen = []
+
+    def swept(points, seeds, out, console):
+        seen.extend(point.config.data for point in points)
+        return Sweep([], signal.SIGTERM)
+
+    monkeypatch.setattr(study, "run_sweep", swept)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert main(["study", "momentum", "--data", "photos"]) == 128 + signal.SIGTERM
+    assert set(seen) == {str(tmp_path / "photos")}

@@ -8,17 +8,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from training import STEPS, TINY, assert_same_run, metrics, run
 
 import moco_fast
-from moco_fast.cli import main
-from moco_fast.data.augment import AugmentConfig
 from moco_fast.train import checkpoint
 from moco_fast.train.build import choose_device
 from moco_fast.train.config import PretrainConfig
@@ -28,40 +26,11 @@ from moco_fast.train.meter import NonFiniteLossError
 from moco_fast.train.presets import PRESETS, moved_to, preset_for
 from moco_fast.train.schedule import learning_rate
 
-TINY = PretrainConfig(
-    data="digits", epochs=2, batch_size=256, width=8, dim=16, queue_size=512, bn_splits=2, log_every=1,
-    checkpoint_every=3, knn_every=4, knn_bank=200, knn_queries=50, augment=AugmentConfig(image_size=8),
-    threads=1, warmup_epochs=0.0, lr=0.06, lr_batch_size=256,
-)  # fmt: skip
-STEPS = 10  # 1,437 digits in batches of 256, twice
-TIMED = {"images_per_s", "data_wait"}
-
-
-def run(folder, config=TINY, **options):
-    return pretrain(config, folder, console=Console(quiet=True), **options)
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows]
-
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     return folder, run(folder)
-
-
-def assert_same_run(folder, other, after=0):
-    """Bitwise: the metrics of every step after one, weights, queue, optimizer and generator."""
-    rows = [[row for row in metrics(path) if row["step"] > after] for path in (folder, other)]
-    assert rows[0] == rows[1]
-    a, b = checkpoint.read(folder), checkpoint.read(other)
-    for name, value in a["state_dict"].items():
-        assert torch.equal(value, b["state_dict"][name]), name
-    for index, state in a["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
-    assert torch.equal(a["moco_fast"]["views"], b["moco_fast"]["views"])
 
 
 def test_run_folder(unbroken):
@@ -151,173 +120,6 @@ def test_resume_drops_records_past_the_checkpoint(unbroken, tmp_path, monkeypatc
     assert max(row["step"] for row in metrics(tmp_path / "run")) == 8
     run(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", unbroken[0])
-
-
-def test_restart_goes_on_with_the_recipe_that_was_fitted(tmp_path):
-    """A queue of 4,096 does not suit 1,437 digits; a restart is given the same arguments again."""
-    config = replace(TINY, queue_size=4096, epochs=1, bn_splits=1)
-    first = run(tmp_path / "run", config, resume="auto")
-    again = run(tmp_path / "run", config, resume="auto")
-    assert first.step == again.step == 5
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-@pytest.fixture
-def copied(unbroken, tmp_path):
-    """A run folder that a test may change."""
-    shutil.copytree(unbroken[0], tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def age(folder):
-    """Take from a run folder what older versions did not write."""
-    saved = checkpoint.read(folder)
-    for name in ("steps_per_epoch", "collapse"):
-        del saved["moco_fast"][name]
-    checkpoint.write_atomic(folder / checkpoint.FILE_NAME, saved)
-    config = json.loads((folder / "config.json").read_text())
-    del config["begun"]
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def test_restart_of_another_run_is_refused_like_its_start(unbroken, monkeypatch):
-    """torchrun starts again what was refused: neither its config nor its name makes the folder its own."""
-    folder, before = unbroken[0], contents(unbroken[0])
-    with pytest.raises(FileExistsError) as refused:
-        run(folder)
-    other = replace(TINY, lr=0.5)
-    for config, launch in ((other, None), (TINY, "another"), (other, "another")):
-        with monkeypatch.context() as patch, pytest.raises(FileExistsError) as again:
-            if launch:
-                patch.setenv("TORCHELASTIC_RUN_ID", launch)
-            run(folder, config, resume="restart")
-        assert str(again.value) == str(refused.value)
-    assert contents(folder) == before
-    assert run(folder, resume="restart").step == STEPS  # its own
-
-
-def test_restarted_command_refuses_a_run_of_others(copied, monkeypatch, capsys):
-    before = contents(copied)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert main(["pretrain", "--data", "digits", "--method", "simsiam", "--out", str(copied)]) == 1
-    assert f"out '{copied}' is not empty: resume it" in capsys.readouterr().err
-    assert contents(copied) == before
-
-
-def test_restart_of_a_run_that_left_no_checkpoint_begins_anew(unbroken, tmp_path, monkeypatch):
-    advance = Display.advance
-
-    def die(self, step):
-        advance(self, step)
-        if step == 2:
-            raise MemoryError("killed")
-
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(Display, "advance", die)
-        run(folder)
-    assert not (folder / "checkpoint.pth").exists()
-    with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="is not empty: empty it"):
-        patch.setenv("TORCHELASTIC_RUN_ID", "another")
-        run(folder, resume="restart")
-    run(folder, resume="restart")
-    assert_same_run(folder, unbroken[0], after=-1)
-
-
-def test_auto_is_for_runs_that_were_asked_for_the_same(copied):
-    before = contents(copied)
-    with pytest.raises(FileExistsError, match=r"asked for something else \(lr=0\.5, was 0\.06\): resume it"):
-        run(copied, replace(TINY, lr=0.5), resume="auto")
-    assert contents(copied) == before
-    run(copied, replace(TINY, epochs=3), resume=True)  # by hand, which is then what it was asked for
-    assert run(copied, replace(TINY, epochs=3), resume="auto").step == 15
-    with pytest.raises(FileExistsError, match=r"\(epochs=2, was 3\)"):
-        run(copied, resume="auto")
-
-
-def test_overrides_of_a_resume_outlive_a_restart(copied, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert main(["pretrain", "--resume", str(copied), "--epochs", "3"]) == 0
-    saved = checkpoint.read(copied)["moco_fast"]
-    assert saved["step"] == 15 and saved["config"]["epochs"] == 3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optimizer": "adamw"}, "optimizer must be that of the checkpoint in .*, 'sgd', got 'adamw'"),
-        ({"optimizer": "lars"}, "optimizer must be that of the checkpoint in .*, 'sgd', got 'lars'"),
-        (
-            {"batch_size": 128},
-            "batch_size=128, was 256: an epoch would have 11 steps, .* has done 10 of epochs of 5",
-        ),
-        ({"batch_size": 512}, "batch_size=512, was 256: an epoch would have 2 steps, .* 10 of epochs of 5"),
-    ],
-)
-def test_what_a_run_keeps(copied, changes, message):
-    before = contents(copied)
-    with pytest.raises(checkpoint.CheckpointError, match=message):
-        run(copied, replace(TINY, epochs=3, **changes), resume=True)
-    assert contents(copied) == before
-
-
-def test_other_images_in_place_of_those_trained_on(tmp_path):
-    (tmp_path / "photos").mkdir()
-    config = replace(TINY, data=str(tmp_path / "photos"), bn_splits=1)
-    for i in range(4):
-        Image.new("RGB", (9, 9), (60 * i, 50, 0)).save(tmp_path / "photos" / f"{i}.png")
-    used = run(tmp_path / "run", config).step
-    assert used == 4
-    for i in range(4, 8):
-        Image.new("RGB", (9, 9), (20 * i, 50, 0)).save(tmp_path / "photos" / f"{i}.png")
-    fitted = PretrainConfig.from_dict(checkpoint.read(tmp_path / "run")["moco_fast"]["config"])
-    with pytest.raises(checkpoint.CheckpointError, match="other images: an epoch would have 4 steps"):
-        run(tmp_path / "run", replace(fitted, epochs=3), resume=True)
-    (tmp_path / "photos").rename(tmp_path / "moved")
-    for i in range(4, 8):
-        (tmp_path / "moved" / f"{i}.png").unlink()
-    moved = replace(fitted, epochs=3, data=str(tmp_path / "moved"))
-    assert run(tmp_path / "run", moved, resume=True).step == 6
-
-
-def test_runs_of_older_versions_go_on(copied):
-    age(copied)
-    assert run(copied, resume="auto").step == STEPS
-    assert run(copied, replace(TINY, epochs=3), resume=True).step == 15
-
-
-def test_config_is_written_whole(copied, monkeypatch):
-    before = contents(copied)
-
-    def cut(self, text):
-        with open(self, "w") as file:
-            file.write(text[:10])
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(Path, "write_text", cut)
-        run(copied, replace(TINY, epochs=3), resume=True)
-    assert contents(copied) == before
-
-
-def test_study_remembers_where_its_images_are(tmp_path, monkeypatch):
-    from moco_fast.commands import study
-    from moco_fast.study.sweep import Sweep
-
-    seen = []
-
-    def swept(points, seeds, out, console):
-        seen.extend(point.config.data for point in points)
-        return Sweep([], signal.SIGTERM)
-
-    monkeypatch.setattr(study, "run_sweep", swept)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    assert main(["study", "momentum", "--data", "photos"]) == 128 + signal.SIGTERM
-    assert set(seen) == {str(tmp_path / "photos")}
 
 
 def test_resume_of_a_finished_run_changes_nothing(unbroken):
