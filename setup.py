@@ -52,6 +52,9 @@ NVCC_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 ]
+# Instructions that Hopper alone has, by name of the source file.
+HOPPER_SOURCES = {"info_nce_sweep_cuda.cu"}
+HOPPER_TARGETS = ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
 class BuildError(Exception):
@@ -136,10 +139,10 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
         if nvcc:
             # Of "ccache g++ -m64" the compiler.
             host = ["-ccbin", next(word for word in reversed(tools.cxx) if not word.startswith("-"))]
-            device = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *NVCC_TARGETS]
+            device = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
             ninja.rule(
                 "nvcc",
-                f"{shlex.join([nvcc, *host, *device])} -MD -MF $out.d -c $in -o $out",
+                f"{shlex.join([nvcc, *host, *device])} $targets -MD -MF $out.d -c $in -o $out",
                 depfile="$out.d",
                 deps="gcc",
             )
@@ -164,7 +167,13 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
                 )
         if nvcc:
             for source in sorted(CSRC.glob("*.cu")):
-                objects += ninja.build(f"{source.stem}.o", "nvcc", str(source.resolve()))
+                targets = HOPPER_TARGETS if source.name in HOPPER_SOURCES else NVCC_TARGETS
+                objects += ninja.build(
+                    f"{source.stem}.o",
+                    "nvcc",
+                    str(source.resolve()),
+                    variables={"targets": shlex.join(targets)},
+                )
         ninja.build(str(output), "link", objects)
 
 

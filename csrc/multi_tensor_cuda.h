@@ -2,7 +2,7 @@
 // it needs no memory on the device and no copy, and a captured graph holds its own. The tensors are cut into
 // chunks, one per block; a block finds its tensor by binary search over the numbers of the first chunks.
 //
-// Included by *_cuda.cu only. Every CUDA call is checked and throws std::runtime_error naming the op.
+// Included by *_cuda.cu only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,9 +11,8 @@
 
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
+#include "launch_cuda.h"
 #include "rounding.h"
 #include "tensor_rows.h"
 
@@ -41,30 +40,6 @@ struct Table {
 
 // --- host ---
 
-inline void check(cudaError_t code, const char* op, const char* call) {
-    if (code == cudaSuccess) return;
-    throw std::runtime_error(std::string(op) + ": " + call + ": " + cudaGetErrorString(code) + " (" +
-                             cudaGetErrorName(code) + ")");
-}
-
-// Makes a device current, and the one that was current again.
-class OnDevice {
-  public:
-    OnDevice(int device, const char* op) : device_(device) {
-        check(cudaGetDevice(&before_), op, "cudaGetDevice");
-        if (before_ != device_) check(cudaSetDevice(device_), op, "cudaSetDevice");
-    }
-    ~OnDevice() {
-        if (before_ != device_)
-            static_cast<void>(cudaSetDevice(before_));  // it was current: cannot fail anew
-    }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-  private:
-    int before_ = 0, device_;
-};
-
 template <class T>
 struct Identity {
     using Type = T;
@@ -75,7 +50,7 @@ template <class... Parameters>
 void launch(const char* op, void (*kernel)(Parameters...), int blocks, const CudaStream& where,
             const typename Identity<Parameters>::Type&... arguments) {
     void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kThreads), addresses, 0,
+    check(cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), addresses, 0,
                            static_cast<cudaStream_t>(where.stream)),
           op, "cudaLaunchKernel");
 }

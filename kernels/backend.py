@@ -63,13 +63,21 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
 
 
 def info_nce(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float,
+    precision: str,
+    need_dq: bool,
+    need_stats: bool,
+    *,
+    by_hand: bool = False,  # see kernels/info_nce.py
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.info_nce`."""
     from moco_fast.kernels.info_nce import info_nce
 
     with _on_device_of(q):
-        return info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
+        return info_nce(q, k, queue, temperature, precision, need_dq, need_stats, by_hand=by_hand)
 
 
 def ema_update_(

@@ -21,7 +21,9 @@ the exponentials fit the operand type between -1/T and 1/T (``FIXED_SHIFT_FROM``
 Rows that are not unit can break that bound: a program whose sums came out
 non-finite walks its share again with a running maximum.
 
-Reference: moco_fast.reference.info_nce.  Tests: tests/test_info_nce.py.
+On Hopper csrc/info_nce_sweep.h can take the place of ``_sweep``: ``by_hand``.
+
+Reference: moco_fast.reference.info_nce.  Tests: tests/test_info_nce.py, tests/test_info_nce_sweep.py.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moco_fast import native
+from moco_fast.kernels import info_nce_sweep
 from moco_fast.kernels.candidates import Tiles, candidates
 from moco_fast.kernels.common import (
     FIXED_SHIFT_FROM,
@@ -301,8 +305,15 @@ def info_nce(
     need_dq: bool,
     need_stats: bool,
     tiles: Tiles | None = None,
+    by_hand: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`moco_fast.reference.info_nce`; ``tiles`` in place of the tables' entry."""
+    """See :func:`moco_fast.reference.info_nce`.
+
+    Args:
+        tiles: in place of the tables' entry.
+        by_hand: sweep with the kernel of info_nce_sweep.py, whose ``cannot_serve`` is None for these tensors,
+            and which reads a queue of the operands' dtype.
+    """
     q, k, queue = q.contiguous(), k.contiguous(), _aligned(queue.contiguous())
     n, features = q.shape
     slots, width = queue.shape
@@ -310,13 +321,19 @@ def info_nce(
     split = precision == "highest"
     split_queue = split and queue.dtype != torch.float16
     online = temperature < FIXED_SHIFT_FROM[operand]
-    sums_wanted = need_stats or not need_dq  # without dq nothing else would notice an infinite feature
+    with_dq = need_dq or by_hand
+    sums_wanted = need_stats or not with_dq  # without dq nothing else would notice an infinite feature
     scale = LOG2E / temperature
 
     block_c = padded_features(features)
-    block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, split, q.device)
+    if by_hand:
+        block_m, block_n, together = info_nce_sweep.blocks_of(n)
+        programs = multiprocessors(q.device) // together
+    else:
+        block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, split, q.device)
+        programs = per_sm * multiprocessors(q.device)
     blocks, steps = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
-    shares = shares_of(n, features, blocks, steps, per_sm * multiprocessors(q.device), SCRATCH_BYTES)
+    shares = shares_of(n, features, blocks, steps, programs, SCRATCH_BYTES)
     steps_per_share = triton.cdiv(steps, shares)
     shares = triton.cdiv(steps, steps_per_share)
 
@@ -326,11 +343,11 @@ def info_nce(
     q_high = scratch(n, width, dtype=operand)
     q_low = scratch(n, width, dtype=operand) if split else q_high
     q_norm, k_norm, pos, loss = (scratch(n) for _ in range(4))
-    sums = scratch(shares, n, features) if need_dq else loss
+    sums = scratch(shares, n, features) if with_dq else loss
     totals, shifts = scratch(shares, n), scratch(shares, n)
     cosines = scratch(shares, n) if sums_wanted else loss
     ranks = scratch(shares, n, dtype=torch.int32) if need_stats else loss
-    dq = scratch(n if need_dq else 0, features)
+    dq = scratch(n if with_dq else 0, features)
     stats = n if need_stats else 0
     rank, neg = scratch(stats, dtype=torch.int64), scratch(n if sums_wanted else 0)
 
@@ -341,20 +358,26 @@ def info_nce(
         q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
         WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
     )  # fmt: skip
-    _sweep[(blocks, shares)](
-        *row_blocks((q_high, q_low, queue), (block_m, block_m, block_n), block_c, tma),
-        pos, sums, totals, shifts, cosines, ranks,
-        n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
-        WIDTH=width, TMA=tma, OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
-        EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
-        DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats,
-        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    if by_hand:
+        native.info_nce_sweep(
+            q_high, queue, pos, (sums, totals, shifts, *((cosines, ranks) if need_stats else ())),
+            steps_per_share, (scale, scale - OFFSET[operand], OFFSET[operand]), online,
+        )  # fmt: skip
+    else:
+        _sweep[(blocks, shares)](
+            *row_blocks((q_high, q_low, queue), (block_m, block_m, block_n), block_c, tma),
+            pos, sums, totals, shifts, cosines, ranks,
+            n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
+            WIDTH=width, TMA=tma, OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+            EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
+            DQ=with_dq, SUMS=sums_wanted, RANKS=need_stats,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
     _finish[(triton.cdiv(n, block_r),)](
         q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
         n, slots, features, scale, 1 / temperature,
         SHARES=shares, BLOCK_S=triton.next_power_of_2(shares), BLOCK_R=block_r, CHUNK=chunk,
-        BLOCK_C=block_c, DQ=need_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=finishing_warps,
+        BLOCK_C=block_c, DQ=with_dq, SUMS=sums_wanted, RANKS=need_stats, num_warps=finishing_warps,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return loss, dq, rank, pos[:stats], neg[:stats]
+    return loss, dq[: n if need_dq else 0], rank, pos[:stats], neg[:stats]

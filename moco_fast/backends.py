@@ -2,9 +2,9 @@
 
 Backends in order of preference: ``native`` (C++ on the CPU, CUDA C++ for
 some ops), ``triton`` (on the GPU) and ``reference`` (PyTorch, anywhere). Left alone,
-an op takes the first backend that serves its tensors. ``MOCO_FAST_BACKEND=name``
-or :func:`use_backend` forces one, and then an op it cannot serve raises instead
-of falling back.
+an op takes the first backend that serves its tensors; ``native.ON_REQUEST`` names
+ops that do not take native's on a GPU. ``MOCO_FAST_BACKEND=name`` or :func:`use_backend`
+forces one, and then an op it cannot serve raises instead of falling back.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def choose_as(name: str | None, op: str, tensors: Sequence[Tensor]) -> ModuleTyp
         if reason := backend.cannot_serve(op, tensors):
             raise RuntimeError(f"backend {name!r} was asked for, but cannot serve {op}: {reason}")
         return backend
-    if native.cannot_serve(op, tensors) is None:
+    on_request = tensors[0].is_cuda and op in native.ON_REQUEST
+    if not on_request and native.cannot_serve(op, tensors) is None:
         return native
     # On a CPU Triton only interprets its kernels, for tests.
     if tensors[0].is_cuda and triton.cannot_serve(op, tensors) is None:

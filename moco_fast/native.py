@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from moco_fast import reference
+from moco_fast.kernels import backend as triton
+from moco_fast.kernels import info_nce_sweep as sweep
 
 _C: Any
 try:
@@ -36,6 +38,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 MULTI_TENSOR = ("ema_update_", "sgd_", "adamw_")
 ROWS = ("take_rows",)  # of any dtype: bytes are moved, not numbers
 OPS = ("info_nce", "enqueue_", *ROWS, *MULTI_TENSOR, "split_batch_norm")
+# Ops whose CUDA kernel is taken only where this backend is forced: no measurement has shown yet that it is
+# faster than Triton's.
+ON_REQUEST = ("info_nce",)
 
 # Device types as DLPack numbers them.
 DEVICES = {"cpu": 1, "cuda": 2}
@@ -73,8 +78,8 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
         return f"it has no {op} kernel"
     for tensor in tensors:
         kind = tensor.device.type
-        if kind == "cuda" and op in MULTI_TENSOR:
-            if reason := _gpu_lacks(tensor.device):
+        if kind == "cuda" and op in (*MULTI_TENSOR, "info_nce"):
+            if reason := _gpu_lacks(tensor.device) or (op == "info_nce" and sweep.lacks(tensor)):
                 return reason
         elif kind != "cpu":
             return f"it runs on the CPU, the tensors are on {tensor.device}"
@@ -110,6 +115,9 @@ def info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.info_nce`."""
+    if q.is_cuda:
+        sweep.check_queue(queue, precision)
+        return triton.info_nce(q, k, queue, temperature, precision, need_dq, need_stats, by_hand=True)
     q, k, queue = q.contiguous(), k.contiguous(), queue.contiguous()
     if precision == "medium" and has_bf16_units():
         return _info_nce_bf16(q, k, queue, temperature, need_dq, need_stats)
@@ -126,6 +134,23 @@ def info_nce(
     )  # fmt: skip
     stats = slice(None if need_stats else 0)
     return loss, dq, rank[stats], pos[stats], neg[stats]
+
+
+def info_nce_sweep(
+    q: Tensor,  # (N, C) fp16 or bf16
+    queue: Tensor,  # (K, C) of the same dtype
+    pos: Tensor,  # (N,)
+    found: Sequence[Tensor],  # sums (SHARES, N, C), totals, shifts, and if wanted cosines, ranks (SHARES, N)
+    steps: int,  # tiles per share
+    numbers: tuple[float, float, float],  # scale, fixed shift, offset
+    online: bool,
+) -> None:
+    """Queue the kernel of csrc/info_nce_sweep.h, which writes ``found``."""
+    written = [tensor.data_ptr() for tensor in found]
+    _C.info_nce_sweep(
+        (q.data_ptr(), queue.data_ptr(), DTYPES[q.dtype]), pos.data_ptr(), (*written, 0, 0)[:5],
+        (len(q), *queue.shape, len(found[0]), steps), numbers, online, q.device.index, _stream(q.device),
+    )  # fmt: skip
 
 
 def _info_nce_bf16(

@@ -38,15 +38,20 @@ class Ring(nn.Module):
     def negatives(self) -> Tensor:
         """The keys as rows, (K, dim), as :func:`moco_fast.info_nce` reads them fastest.
 
-        For Triton's kernels a float16 mirror of the buffer, which :meth:`enqueue_` keeps in step; it is
+        For the GPU's kernels a float16 mirror of the buffer, which :meth:`enqueue_` keeps in step; it is
         made anew after any other write that torch knows of (not one through ``.data``). Else :attr:`rows`.
         """
         rows = self.rows
-        if torch.compiler.is_compiling() or backends.choose("info_nce", (rows,)) is not backends.triton:
+        if torch.compiler.is_compiling() or not self._mirror_is_read(rows):
             return rows
         if self._mirror is None or self._mirrored != rows._version:
             self._mirror, self._mirrored = rows.to(torch.float16), rows._version
         return self._mirror
+
+    @staticmethod
+    def _mirror_is_read(rows: Tensor) -> bool:
+        backend = backends.choose("info_nce", (rows,))
+        return backend is backends.triton or (rows.is_cuda and backend is backends.native)
 
     def enqueue_(
         self,

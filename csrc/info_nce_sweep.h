@@ -1,0 +1,42 @@
+// The sweep of InfoNCE over the queue on Hopper: with s_ij = q_i.n_j * scale and per share of the queue
+//
+//   sums_i = sum_j 2^(s_ij - shift_i) n_j,  totals_i = sum_j 2^(s_ij - shift_i),  shifts_i,
+//   cosines_i = sum_j q_i.n_j,  ranks_i = number of q_i.n_j above pos_i
+//
+// what kernels/info_nce.py::_sweep writes, between its _prepare and _finish. 4 N K C FLOP on 16-bit operands
+// in fp32, N K exponentials; the queue is read once per 128 queries, 2 K C bytes.
+//
+// shifts are `fixed_shift`, or with `online` the largest s_ij less `offset`; a block whose sums came out
+// infinite with the fixed shift sweeps again with the online one.
+//
+// Shapes: q (N, C), queue (K, C) of `operand`, 16-byte aligned, C a multiple of 8, at most 128; pos (N); sums
+// (shares, N, C), all others (shares, N); cosines and ranks null if not wanted. Share i is tiles [i * steps,
+// (i + 1) * steps) of kTile rows.
+// Tests: tests/test_info_nce_sweep.py.
+#pragma once
+
+#include "tensor_rows.h"
+
+namespace moco_fast {
+
+struct InfoNceSweep {
+    static constexpr int kTile = 128;   // rows of the queue at a time
+    static constexpr int kFew = 64;     // queries, at most, whose blocks hold 64 of them; others 128
+    static constexpr int kWidth = 128;  // of a row, at most
+
+    const void *q, *queue;
+    DType operand;  // f16 or bf16
+    const float* pos;
+    float *sums, *totals, *shifts, *cosines;
+    int32_t* ranks;
+    int64_t n, slots, features;
+    int64_t shares, steps;
+    float scale, fixed_shift, offset;
+    bool online;
+};
+
+// Queues one launch. Throws std::runtime_error naming the CUDA call that failed. Wants compute capability
+// 9.0. Defined in CUDA builds only.
+void info_nce_sweep_cuda(const InfoNceSweep& args, const CudaStream& where);
+
+}  // namespace moco_fast

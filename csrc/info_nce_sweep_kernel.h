@@ -1,0 +1,378 @@
+// The kernel of info_nce_sweep_cuda.cu; what each instruction does, in hopper.h.
+//
+// A block is one warp group that has the copy engine fetch tiles of the queue, and two that multiply. Those
+// hold their queries in shared memory, the products and sums in registers, and read a fetched tile twice: as
+// keys, q.n, and as values, p n. While the matrix units do one tile's values and the next one's keys, the
+// exponentials of the tile between are computed; of many queries the groups take turns, so that one computes
+// exponentials while the other multiplies.
+//
+// A share of the queue has two sides, which take its tiles in turn and add what they found at the end, each
+// for half of the columns:
+//   few queries (64 per block)    the two groups of a block, over the same queries;
+//   many queries (128 per block)  the blocks of a cluster of two, whose groups hold 64 queries each.
+// So the sums that reach memory are half, and their order is fixed.
+#pragma once
+
+#include "hopper.h"
+#include "info_nce_sweep.h"
+
+namespace moco_fast {
+namespace {
+
+using namespace hopper;
+
+constexpr int kTile = InfoNceSweep::kTile, kWidth = InfoNceSweep::kWidth;
+constexpr int kGroup = 128;                   // threads of a warp group
+constexpr int kThreads = 3 * kGroup;          // fetching, and two that multiply
+constexpr int kBoxBytes = 128;                // of a row in shared memory: half of its columns
+constexpr int kHalfTile = kTile * kBoxBytes;  // bytes
+constexpr int kStages = 6;
+constexpr int kExchanged = 40;  // values of a thread for its partner
+
+template <bool kMany>
+struct Shared {
+    static constexpr int kQueries = kMany ? 128 : 64;
+    char q[2][kQueries * kBoxBytes];
+    char tiles[kStages][2][kHalfTile];
+    Barrier q_full, full[kStages], empty[kStages];
+};
+template <bool kMany>
+constexpr int kSharedBytes = sizeof(Shared<kMany>);
+static_assert(kSharedBytes<true> <= 227 * 1024 && kExchanged * 2 * kGroup * 4 <= kStages * 2 * kHalfTile);
+
+// The ring of tiles in shared memory, and how many went through it.
+template <bool kMany>
+struct Ring {
+    Shared<kMany>& shared;
+    int count = 0;
+
+    __device__ __forceinline__ int stage(int tile) const { return (count + tile) % kStages; }
+    __device__ __forceinline__ int turn(int tile) const { return (count + tile) / kStages & 1; }
+};
+
+// What a thread knows of two queries, `row` and `row + 8`, from the tiles of its side.
+struct Found {
+    float sums[64];  // columns 8 i + 2 (lane % 4) + {0, 1} of the first query, then of the second, for each i
+    float total[2], shift[2], cosine[2];
+    int above[2];
+};
+
+__device__ __forceinline__ float largest_of_four_lanes(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+template <class T>
+__device__ __forceinline__ T sum_of_four_lanes(T x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Cosines become exponentials; what the sums so far are to be multiplied by, if kOnline.
+template <bool kOnline, bool kStats>
+__device__ __forceinline__ void exponentials(float (&s)[64], Found& found, float (&rescale)[2],
+                                             const InfoNceSweep& args, const float (&pos)[2], int valid) {
+    if constexpr (kStats) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) found.cosine[i / 2 % 2] += s[i];  // beyond the queue they are zero
+    }
+    if (valid < kTile) {
+        const int column = int(threadIdx.x) % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 64; ++i)
+            if (column + i / 4 * 8 + i % 2 >= valid) s[i] = -INFINITY;
+    }
+    if constexpr (kStats) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) found.above[i / 2 % 2] += s[i] > pos[i / 2 % 2];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if constexpr (kOnline) {
+            float top = -INFINITY;
+#pragma unroll
+            for (int i = 0; i < 64; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+            const float grown = fmaxf(found.shift[r], largest_of_four_lanes(top) * args.scale - args.offset);
+            rescale[r] = exp2_fast(found.shift[r] - grown);
+            found.total[r] *= rescale[r];
+            found.shift[r] = grown;
+        }
+        float total = 0;
+#pragma unroll
+        for (int i = 0; i < 64; i += 4) {
+#pragma unroll
+            for (int j = i + 2 * r; j < i + 2 * r + 2; ++j) {
+                s[j] = exp2_fast(fmaf(s[j], args.scale, -found.shift[r]));
+                total += s[j];
+            }
+        }
+        found.total[r] += total;
+    }
+}
+
+template <bool kMany>
+__device__ __forceinline__ void release(Ring<kMany>& ring, int tile) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(&ring.shared.empty[ring.stage(tile)]);
+}
+
+// One group's pass over the `tiles` that its block streams, of which the first is tile `first` of the queue.
+template <class Type, bool kMany, bool kOnline, bool kStats>
+__device__ __forceinline__ void walk(Found& found, Ring<kMany>& ring, int first, int tiles,
+                                     const InfoNceSweep& args, const float (&pos)[2]) {
+    const int group = int(threadIdx.x) / kGroup - 1;
+    // Of many queries each group holds some and takes all tiles, two apart in the queue; of few both hold
+    // all and take every second.
+    const int begin = kMany ? 0 : group, step = kMany ? 1 : 2;
+    const uint64_t q = matrix_at(ring.shared.q[0] + (kMany ? group * 64 * kBoxBytes : 0), 0);
+    constexpr int kHalfQ = sizeof ring.shared.q[0];
+    float s[64], rescale[2] = {1, 1};
+    uint32_t p[32];
+
+#pragma unroll
+    for (int i = 0; i < 64; ++i) found.sums[i] = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        found.total[r] = found.cosine[r] = 0;
+        found.above[r] = 0;
+        found.shift[r] = kOnline ? -INFINITY : args.fixed_shift;
+    }
+
+    const auto take_turn = [&] {
+        if constexpr (kMany) sync_warps(1 + group, 2 * kGroup);
+    };
+    const auto pass_turn = [&](bool last) {
+        if (kMany && !(last && group == 1)) arrive_warps(2 - group, 2 * kGroup);
+    };
+    const auto by_keys = [&](int tile) {
+        const uint64_t keys = matrix_at(ring.shared.tiles[ring.stage(tile)][0], 0);
+#pragma unroll
+        for (int i = 0; i < kWidth / 16; ++i)
+            rows_by_rows(Type{}, s, further(q, i / 4 * kHalfQ + i % 4 * 32),
+                         further(keys, i / 4 * kHalfTile + i % 4 * 32), i > 0);
+        commit_products();
+    };
+    const auto by_values = [&](int tile) {
+        const uint64_t values = matrix_at(ring.shared.tiles[ring.stage(tile)][0], kHalfTile);
+#pragma unroll
+        for (int i = 0; i < kTile / 16; ++i)
+            registers_by_columns(Type{}, found.sums, p + 4 * i, further(values, i * 16 * kBoxBytes));
+        commit_products();
+    };
+    const auto exponentiate = [&](int tile) {
+        const int64_t row = (first + int64_t(tile) * (kMany ? 2 : 1)) * kTile;
+        const int64_t left = args.slots - row;
+        exponentials<kOnline, kStats>(s, found, rescale, args, pos, int(left < kTile ? left : kTile));
+    };
+    const auto round_exponentials = [&] {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) p[i] = Type::pair(s[2 * i], s[2 * i + 1]);
+    };
+
+    if (begin < tiles) {
+        if (kMany && group == 1) arrive_warps(1, 2 * kGroup);  // the other group is first
+        wait(&ring.shared.full[ring.stage(begin)], ring.turn(begin));
+        take_turn();
+        begin_products();
+        by_keys(begin);
+        pass_turn(begin + step >= tiles);
+        wait_products<0>();
+        written_by_products(s);
+        exponentiate(begin);
+        round_exponentials();
+        int before = begin;
+        for (int tile = begin + step; tile < tiles; before = tile, tile += step) {
+            wait(&ring.shared.full[ring.stage(tile)], ring.turn(tile));
+            take_turn();
+            begin_products();
+            by_keys(tile);
+            by_values(before);
+            pass_turn(tile + step >= tiles);
+            wait_products<1>();
+            written_by_products(s);
+            exponentiate(tile);
+            wait_products<0>();
+            written_by_products(found.sums);
+            release(ring, before);
+            if constexpr (kOnline) {
+#pragma unroll
+                for (int i = 0; i < 64; ++i) found.sums[i] *= rescale[i / 2 % 2];
+            }
+            round_exponentials();
+        }
+        begin_products();
+        by_values(before);
+        wait_products<0>();
+        written_by_products(found.sums);
+        release(ring, before);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        found.total[r] = sum_of_four_lanes(found.total[r]);
+        found.cosine[r] = sum_of_four_lanes(found.cosine[r]);
+        found.above[r] = sum_of_four_lanes(found.above[r]);
+    }
+}
+
+__device__ __forceinline__ bool finite(const Found& found) {
+    float size = found.total[0] + found.total[1];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) size += fabsf(found.sums[i]);
+    return size < INFINITY;
+}
+
+// Adds what the partner, the same thread of the other side, found: its half of the columns, [32 * side, 32 *
+// side + 32) of the sums, which end up in the first 32.
+template <bool kMany>
+__device__ __forceinline__ void meet_partner(Found& found, Shared<kMany>& shared, int side) {
+    float* const buffer = reinterpret_cast<float*>(shared.tiles[0][0]);
+    float* const own = buffer + int(threadIdx.x) - kGroup;
+    constexpr int kStride = 2 * kGroup;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        const float given = side ? found.sums[i] : found.sums[32 + i];
+        found.sums[i] = side ? found.sums[32 + i] : found.sums[i];
+        own[i * kStride] = given;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        own[(32 + r) * kStride] = found.total[r];
+        own[(34 + r) * kStride] = found.shift[r];
+        own[(36 + r) * kStride] = found.cosine[r];
+        own[(38 + r) * kStride] = __int_as_float(found.above[r]);
+    }
+    const float* partner;
+    if constexpr (kMany) {
+        sync_cluster();
+        partner = shared_of(1 - side, own);
+    } else {
+        sync_warps(1, 2 * kGroup);
+        partner = side ? own - kGroup : own + kGroup;
+    }
+    float scale[2], partner_scale[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float shift = partner[(34 + r) * kStride];
+        const float top = fmaxf(found.shift[r], shift);
+        scale[r] = exp2_fast(found.shift[r] - top);
+        partner_scale[r] = exp2_fast(shift - top);
+        found.shift[r] = top;
+        found.total[r] = found.total[r] * scale[r] + partner[(32 + r) * kStride] * partner_scale[r];
+        found.cosine[r] += partner[(36 + r) * kStride];
+        found.above[r] += __float_as_int(partner[(38 + r) * kStride]);
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+        found.sums[i] = found.sums[i] * scale[i / 2 % 2] + partner[i * kStride] * partner_scale[i / 2 % 2];
+}
+
+template <bool kStats>
+__device__ __forceinline__ void store(const Found& found, const InfoNceSweep& args, int64_t share,
+                                      int64_t first_row, int side) {
+    const int column = 64 * side + int(threadIdx.x) % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int64_t row = first_row + 8 * r;
+        if (row >= args.n) continue;
+        const int64_t at = share * args.n + row;
+        if (column == 0) {
+            args.totals[at] = found.total[r];
+            args.shifts[at] = found.shift[r];
+            if constexpr (kStats) {
+                args.cosines[at] = found.cosine[r];
+                args.ranks[at] = found.above[r];
+            }
+        }
+        float* const sums = args.sums + at * args.features;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float2 pair = {found.sums[4 * i + 2 * r], found.sums[4 * i + 2 * r + 1]};
+            if (column + 8 * i < args.features) *reinterpret_cast<float2*>(sums + column + 8 * i) = pair;
+        }
+    }
+}
+
+// Grid (blocks of queries, shares), or (blocks of queries, 2 * shares) in clusters of (1, 2).
+template <class Type, bool kMany, bool kStats>
+__global__ void __launch_bounds__(kThreads, 1)
+    sweep(const __grid_constant__ CUtensorMap q_rows, const __grid_constant__ CUtensorMap queue_rows,
+          const __grid_constant__ InfoNceSweep args) {
+    Shared<kMany>& shared = *reinterpret_cast<Shared<kMany>*>(dynamic_shared());
+    constexpr int kQueries = Shared<kMany>::kQueries;
+    const int thread = int(threadIdx.x), group = thread / kGroup - 1;
+    const int share = int(kMany ? blockIdx.y / 2 : blockIdx.y);
+    const int side = kMany ? int(blockIdx.y % 2) : group;
+
+    // The tiles of a block: all of its share, or every second.
+    const int64_t all = (args.slots + kTile - 1) / kTile;
+    const int64_t begin = share * args.steps + (kMany ? side : 0);
+    const int64_t end = (share + 1) * args.steps < all ? (share + 1) * args.steps : all;
+    const int tiles = begin < end ? int(kMany ? (end - begin + 1) / 2 : end - begin) : 0;
+
+    if (thread == 0) {
+        prefetch(&q_rows);
+        prefetch(&queue_rows);
+        init(&shared.q_full, 1);
+        for (int stage = 0; stage < kStages; ++stage) {
+            init(&shared.full[stage], 1);
+            init(&shared.empty[stage], kMany ? 8 : 4);  // warps that read a tile
+        }
+        publish_barriers();
+    }
+    __syncthreads();
+
+    Ring<kMany> ring{shared};
+    bool online = args.online;
+    if (group < 0) {
+        give_registers<24>();
+        if (thread == 0) {
+            arrive_expecting(&shared.q_full, sizeof shared.q);
+            for (int half = 0; half < 2; ++half)
+                copy_box(shared.q[half], &q_rows, int(blockIdx.x) * kQueries, 64 * half, &shared.q_full);
+        }
+        bool again = true;
+        while (again) {
+            if (thread == 0) {
+                for (int tile = 0; tile < tiles; ++tile) {
+                    const int stage = ring.stage(tile);
+                    wait(&shared.empty[stage], 1 - ring.turn(tile));
+                    arrive_expecting(&shared.full[stage], 2 * kHalfTile);
+                    const int row = int(begin + int64_t(tile) * (kMany ? 2 : 1)) * kTile;
+                    for (int half = 0; half < 2; ++half)
+                        copy_box(shared.tiles[stage][half], &queue_rows, row, 64 * half, &shared.full[stage]);
+                }
+            }
+            __syncwarp();
+            ring.count += tiles;
+            again = __syncthreads_or(false);
+        }
+        if constexpr (kMany) {
+            sync_cluster();
+            sync_cluster();
+        }
+    } else {
+        take_registers<240>();
+        const int64_t row = int64_t(blockIdx.x) * kQueries + (kMany ? group * 64 : 0) +
+                            thread % kGroup / 32 * 16 + thread % 32 / 4;
+        const float pos[2] = {row < args.n ? args.pos[row] : 0, row + 8 < args.n ? args.pos[row + 8] : 0};
+        Found found;
+        wait(&shared.q_full, 0);
+        bool again = true;
+        while (again) {
+            if (online)
+                walk<Type, kMany, true, kStats>(found, ring, int(begin), tiles, args, pos);
+            else
+                walk<Type, kMany, false, kStats>(found, ring, int(begin), tiles, args, pos);
+            ring.count += tiles;
+            // Infinite exponentials: rows of the queue longer than 1. The online shift bears them.
+            again = __syncthreads_or(!online && !finite(found));
+            online = true;
+        }
+        meet_partner<kMany>(found, shared, side);
+        store<kStats>(found, args, share, row, side);
+        if constexpr (kMany) sync_cluster();  // before a block ends, its partner has read from it
+    }
+}
+
+}  // namespace
+}  // namespace moco_fast

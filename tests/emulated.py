@@ -1,0 +1,131 @@
+"""The CUDA kernels on this CPU: csrc/*_cuda.cu compiled against tests/cuda instead of CUDA's headers."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import moco_fast
+from moco_fast import native
+
+CSRC = Path(moco_fast.__file__).parent.parent / "csrc"
+MACHINE = Path(__file__).parent / "cuda"
+SOURCES = ("ema_update", "sgd", "adamw", "info_nce_sweep")
+OPTIONS = ["-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-ffp-contract=off", f"-I{MACHINE}"]
+ROLES = 6
+
+
+class TensorRow(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p * ROLES),
+        ("dtype", ctypes.c_int * ROLES),
+        ("size", ctypes.c_int64),
+    ]
+
+
+class Scalar(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_double), ("address", ctypes.c_void_p), ("dtype", ctypes.c_int)]
+
+
+class SgdStep(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("momentum", "dampening", "weight_decay", "trust")),
+        *((name, ctypes.c_bool) for name in ("nesterov", "maximize", "first")),
+    ]
+
+
+class AdamwStep(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("beta1", "beta2", "eps", "weight_decay")),
+        ("maximize", ctypes.c_bool),
+    ]
+
+
+class Sweep(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("queue", ctypes.c_void_p),
+        ("operand", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("pos", "sums", "totals", "shifts", "cosines", "ranks")),
+        *((name, ctypes.c_int64) for name in ("n", "slots", "features", "shares", "steps")),
+        *((name, ctypes.c_float) for name in ("scale", "fixed_shift", "offset")),
+        ("online", ctypes.c_bool),
+    ]
+
+
+def build(folder, sources=SOURCES, csrc=CSRC):
+    """Compile kernels and load them; a compiler runs for each at the same time."""
+    compiler = os.environ.get("CXX", "").split() or [shutil.which("g++") or shutil.which("clang++")]
+    if compiler == [None] or not csrc.exists():
+        pytest.skip("no C++ compiler, or no sources: the CUDA kernels were not emulated")
+    commands, objects = [], []
+    for source in (*(csrc / f"{name}_cuda.cu" for name in sources), MACHINE / "kernels.cpp"):
+        objects.append(folder / f"{source.stem}.o")
+        defines = [f"-DMOCO_FAST_HAS_{name.upper()}" for name in sources]
+        options = [*OPTIONS, f"-I{csrc}", "-DMOCO_FAST_EMULATED", *defines]
+        commands.append([*compiler, *options, "-x", "c++", "-c", source, "-o", objects[-1]])
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in commands]
+    told = [process.communicate()[0].decode() for process in running]
+    assert not any(process.returncode for process in running), "\n".join(told)
+    library = folder / "kernels.so"
+    subprocess.run([*compiler, "-shared", *objects, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@cache
+def library():
+    """All kernels, compiled once per run of the tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        return build(Path(folder))
+
+
+def call(name, *arguments, kernels=None, seed=0):
+    """Run a kernel's host function.
+
+    Args:
+        seed: of the order in which the emulated threads run.
+
+    Raises:
+        RuntimeError: what the emulator or the host function found wrong.
+    """
+    kernels = kernels or library()
+    kernels.seed(seed)
+    function = getattr(kernels, name)
+    function.restype = ctypes.c_char_p
+    if told := function(*arguments).decode():
+        raise RuntimeError(told)
+
+
+def rows(*roles):
+    """Lists of tensors or None, one per role, as the kernels take them, and how many rows there are."""
+    table = (TensorRow * len(roles[0]))()
+    for row, tensors in zip(table, zip(*roles, strict=True), strict=True):
+        row.size = tensors[0].numel()
+        for role, tensor in enumerate(tensors):
+            if tensor is not None:
+                row.data[role], row.dtype[role] = tensor.data_ptr(), native.DTYPES[tensor.dtype]
+    return table, len(roles[0])
+
+
+def scalar(x):
+    """A number, or a tensor that the kernel reads from where it is."""
+    if isinstance(x, torch.Tensor):
+        return ctypes.byref(Scalar(float("nan"), x.data_ptr(), native.DTYPES[x.dtype]))
+    return ctypes.byref(Scalar(x, None, native.DTYPES[torch.float64]))
+
+
+def info_nce_sweep(q, queue, pos, found, steps, numbers, online, **options):
+    """In place of ``native.info_nce_sweep``."""
+    written = [tensor.data_ptr() for tensor in found] + [None, None]
+    sizes = (*q.shape[:1], *queue.shape, len(found[0]), steps)
+    args = Sweep(
+        q.data_ptr(), queue.data_ptr(), native.DTYPES[q.dtype], pos.data_ptr(), *written[:5],
+        *sizes, *numbers, online,
+    )  # fmt: skip
+    call("info_nce_sweep", ctypes.byref(args), **options)

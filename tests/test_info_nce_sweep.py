@@ -1,0 +1,328 @@
+"""InfoNCE with the sweep written for Hopper: its logic on an emulated GPU, its machine code, and on a GPU."""
+
+import math
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import emulated
+import pytest
+import torch
+from test_info_nce import SCALE, make, official, relative
+from test_multi_tensor_cuda import find
+
+import moco_fast
+from moco_fast import backends, native
+from moco_fast.kernels import info_nce_sweep
+
+pytest.importorskip("triton", reason="Triton is not installed: it prepares and finishes the sweep")
+from moco_fast.kernels import info_nce as launcher
+
+DTYPES = {"high": torch.float16, "medium": torch.bfloat16}
+OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
+
+
+def sweep(q, queue, pos, temperature, shares, steps, stats=True, online=False, **options):
+    """What the kernel writes, into NaN: sums, totals, shifts, cosines, ranks."""
+    n = len(q)
+    found = [torch.full((shares, n, q.shape[1]), math.nan), *torch.full((3, shares, n), math.nan).unbind()]
+    found.append(torch.full((shares, n), -1, dtype=torch.int32))
+    scale, offset = 1 / (math.log(2) * temperature), OFFSET[q.dtype]
+    emulated.info_nce_sweep(
+        q,
+        queue,
+        pos,
+        found if stats else found[:3],
+        steps,
+        (scale, scale - offset, offset),
+        online,
+        **options,
+    )
+    return found
+
+
+# N, K, C, shares, tiles of 128 per share: one block and several, of few queries and of many, shares of one
+# tile and of more than the ring holds, queues that end within a tile.
+SIZES = [
+    (1, 1, 72, 1, 1),
+    (20, 1000, 128, 2, 4),
+    (64, 1793, 128, 1, 15),
+    (65, 128, 80, 1, 1),
+    (70, 1000, 128, 2, 4),
+    (130, 3400, 128, 1, 27),
+    (300, 770, 104, 3, 3),
+]
+
+
+@pytest.mark.parametrize("online", [False, True], ids=["fixed shift", "running maximum"])
+@pytest.mark.parametrize("dtype", OFFSET, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sums(size, dtype, online):
+    n, k, c, shares, steps = size
+    q, _, queue = make(n, k, c, queue_dtype=dtype)
+    q, pos = torch.nn.functional.normalize(q, dim=1).to(dtype), torch.linspace(-0.3, 0.3, n)
+    sums, totals, shifts, cosines, ranks = sweep(q, queue, pos, 0.07, shares, steps, online=online, seed=n)
+
+    cosine = q.double() @ queue.double().t()
+    p = torch.exp(cosine / 0.07)
+    weight = torch.exp2(shifts.double())
+    assert relative((totals * weight).sum(0), p.sum(1)) < 1e-6
+    # Exponentials are rounded to the operands' dtype before they are multiplied.
+    assert relative((sums * weight[:, :, None]).sum(0), p @ queue.double()) < torch.finfo(dtype).eps
+    assert torch.allclose(cosines.double().sum(0), cosine.sum(1), atol=1e-5)
+    near = ((cosine - pos.double()[:, None]).abs() < 1e-6).sum(1)
+    assert ((ranks.sum(0) - (cosine > pos[:, None]).sum(1)).abs() <= near).all()
+
+
+@pytest.mark.parametrize("n", [33, 129])
+def test_the_order_of_threads_does_not_matter(n):
+    q, _, queue = make(n, 1100, 128, torch.float16, queue_dtype=torch.float16)
+    pos = torch.zeros(n)
+    first = sweep(q / q.norm(dim=1, keepdim=True), queue, pos, 0.2, 2, 5, seed=0)
+    for seed in range(1, 6):
+        again = sweep(q / q.norm(dim=1, keepdim=True), queue, pos, 0.2, 2, 5, seed=seed)
+        assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_without_statistics_nothing_else_is_written():
+    q, _, queue = make(5, 300, 128, torch.float16, queue_dtype=torch.float16)
+    q = q / q.norm(dim=1, keepdim=True)
+    *found, cosines, ranks = sweep(q, queue, torch.zeros(5), 0.2, 1, 3, stats=False)
+    want = sweep(q, queue, torch.zeros(5), 0.2, 1, 3)
+    assert all(torch.equal(*pair) for pair in zip(found, want[:3], strict=True))
+    assert cosines.isnan().all() and (ranks == -1).all()
+
+
+def test_impossible_arguments_of_the_driver_are_told():
+    q = torch.ones(5, 128, dtype=torch.float16)
+    shifted = torch.empty(300 * 128 + 1, dtype=torch.float16)[1:].view(300, 128)
+    with pytest.raises(RuntimeError, match="info_nce: cuTensorMapEncodeTiled: error 1"):
+        sweep(q, shifted, torch.zeros(5), 0.2, 1, 3)
+
+
+# --- the op, whose other kernels run in Triton's interpreter ---
+
+
+@pytest.fixture
+def op(triton_device, monkeypatch):
+    """Loss rows, dq of SCALE times the mean, rank, pos and neg."""
+    if triton_device == "cpu":
+        monkeypatch.setattr(native, "info_nce_sweep", emulated.info_nce_sweep)
+
+    def run(q, k, queue, temperature, precision="high", need_dq=True, need_stats=True):
+        moved = (x.to(triton_device) for x in (q, k, queue))
+        found = launcher.info_nce(*moved, temperature, precision, need_dq, need_stats, by_hand=True)
+        rows, dq, *stats = (x.cpu() for x in found)
+        return rows, dq * (SCALE / len(q)), *stats
+
+    if triton_device == "cuda" and info_nce_sweep.lacks(torch.empty(1, 128, device="cuda")):
+        pytest.skip("the sweep is for compute capability 9.0")
+    return run
+
+
+# Around the temperatures at which the fixed shift ends.
+@pytest.mark.parametrize("temperature", [0.2, 0.05, 0.0499, 0.025, 0.0249, 0.01])
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 300, 128), (70, 1030, 104)], ids=str)
+def test_precisions(op, shape, precision, temperature):
+    """Two rounded operands move a cosine by at most eps, and cosines are divided by T."""
+    dtype = DTYPES[precision]
+    for clustered in (False, True):
+        q, k, queue = make(*shape, clustered=clustered, queue_dtype=dtype)
+        k = k[torch.randperm(len(k))]
+        want, want_dq, logits = official(q, k, queue, temperature)
+        rows, dq, rank, pos, neg = op(q, k, queue, temperature, precision)
+        eps = torch.finfo(dtype).eps
+        assert ((rows - want).abs() <= eps / temperature + 1e-5 + 2e-7 * want).all()
+        assert relative(dq, want_dq) <= eps / temperature + 1e-5
+        positive, negatives = logits[:, :1], logits[:, 1:]
+        assert torch.allclose(pos.double(), positive[:, 0], atol=1e-6)
+        assert torch.allclose(neg.double(), negatives.mean(1), atol=eps)
+        lowest, highest = (negatives > positive + eps).sum(1), (negatives > positive - eps).sum(1)
+        assert ((rank >= lowest) & (rank <= highest)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_like_triton(op, triton_device, temperature):
+    """From the same operands: what differs is the order of sums, and ties that fp16 rounds either way."""
+    q, k, queue = make(70, 1030, 128, queue_dtype=torch.float16)
+    moved = [x.to(triton_device) for x in (q, k, queue)]
+    rows, dq, rank, _, neg = (x.cpu() for x in launcher.info_nce(*moved, temperature, "high", True, True))
+    got_rows, got_dq, got_rank, _, got_neg = op(q, k, queue, temperature)
+    assert torch.allclose(got_rows, rows, rtol=1e-5) and torch.allclose(got_neg, neg, atol=1e-7)
+    assert relative(got_dq, dq * (SCALE / len(q))) < 1e-4
+    assert (got_rank - rank).abs().max() <= 1
+
+
+def test_long_rows_of_the_queue_take_the_running_maximum(op):
+    """With the fixed shift their exponentials are infinite."""
+    q, k, queue = make(40, 520, 128)
+    queue[::7] *= 30
+    queue = queue.half()
+    want, want_dq, _ = official(q, k, queue, 0.07)
+    rows, dq, *_ = op(q, k, queue, 0.07)
+    assert torch.allclose(rows.double(), want, rtol=2e-3) and relative(dq, want_dq) < 2e-2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["q", "k", "queue"])
+def test_non_finite_rows_give_a_non_finite_loss(op, where, value):
+    q, k, queue = make(66, 200, 128, queue_dtype=torch.float16)
+    {"q": q, "k": k, "queue": queue}[where][2, 3] = value
+    touched = ~torch.isfinite(op(q, k, queue, 0.2)[0])
+    assert touched.all() if where == "queue" else touched.nonzero().tolist() == [[2]]
+
+
+@pytest.mark.parametrize("need_stats", [False, True])
+@pytest.mark.parametrize("need_dq", [False, True])
+def test_every_output_is_written(op, need_dq, need_stats, monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: empty(*size, **options).view(-1).fill_(-1).view(*size)
+        if options.get("dtype") in (torch.int32, torch.int64)
+        else empty(*size, **options).fill_(math.nan),
+    )  # fmt: skip
+    q, k, queue = make(9, 130, 128, queue_dtype=torch.float16)
+    rows, dq, rank, pos, neg = op(q, k, queue, 0.2, need_dq=need_dq, need_stats=need_stats)
+    assert all(torch.isfinite(value).all() for value in (rows, dq, pos, neg))
+    assert dq.shape == (9 if need_dq else 0, 128) and len(rank) == len(pos) == len(neg) == 9 * need_stats
+    assert ((rank >= 0) & (rank < 130)).all()
+
+
+# --- which calls it serves ---
+
+
+def rows_on_gpu(features):
+    return SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float32, ndim=2, shape=(10, features)
+    )
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(native, "_gpu_lacks", lambda device: None)
+    monkeypatch.setattr(native, "_C", object())
+
+
+def test_it_has_to_be_asked_for(hopper):
+    tensors = [rows_on_gpu(128)] * 3
+    assert backends.choose("info_nce", tensors) is backends.triton
+    with moco_fast.use_backend("native"):
+        assert backends.choose("info_nce", tensors) is native
+
+
+@pytest.mark.parametrize("features", [64, 100, 136])
+def test_other_widths_are_refused(hopper, features):
+    with (
+        moco_fast.use_backend("native"),
+        pytest.raises(RuntimeError, match=f"takes a multiple of 8 from 72 to 128 features, got {features}"),
+    ):
+        backends.choose("info_nce", [rows_on_gpu(features)])
+
+
+def test_other_gpus_are_refused(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    assert "compute capability 9.0, cuda:0 has 10.0" in native.cannot_serve("info_nce", [rows_on_gpu(128)])
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("highest", torch.float16), ("high", torch.float32), ("medium", torch.float16)]
+)
+def test_a_queue_of_another_dtype_is_refused(precision, dtype):
+    queue = torch.empty(8, 128, dtype=dtype)
+    with pytest.raises(RuntimeError, match=f"torch.float16 for precision 'high'.* got {dtype} for"):
+        info_nce_sweep.check_queue(queue, precision)
+
+
+# --- the machine code ---
+
+
+@pytest.mark.skipif(not emulated.CSRC.exists(), reason="an installed wheel has no sources")
+def test_no_spills_and_no_product_waits_for_another(tmp_path):
+    nvcc, cuobjdump = find("nvcc"), find("cuobjdump")
+    made = tmp_path / "sweep.o"
+    target = "-gencode=arch=compute_90a,code=sm_90a"
+    source = emulated.CSRC / "info_nce_sweep_cuda.cu"
+    done = subprocess.run(
+        [nvcc, "-std=c++17", "-O3", target, "-Xptxas=-v", "-c", source, "-o", made],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    usage = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+    )
+    assert len(usage) == 8 and set(usage) == {("0", "0", "0")}, done.stderr
+    assert "wgmma" not in done.stderr, "ptxas says that it serialises products"
+    sass = subprocess.run([cuobjdump, "-sass", made], capture_output=True, text=True, check=True).stdout
+    kernels = sass.split("Function : ")[1:]
+    assert len(kernels) == 8
+    for code in kernels:
+        fetching = code.split("USETMAXREG.DEALLOC")[1].split("EXIT", 1)[0]
+        assert not re.search(r"\b(LDL|STL)\b", code)
+        # Two walks, each with a first, a repeated and a last step: 8 + 16 + 8 products, begun once a step.
+        assert len(re.findall(r"\bHGMMA\.64x128x16", code)) == 64
+        assert len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code)) == 6
+        assert "UTMALDG.2D" in fetching
+        assert max(map(int, re.findall(r"\bR(\d+)\b", fetching))) < 24  # what setmaxnreg leaves it
+
+
+# --- the emulator sees what it is for ---
+
+FAULTS = {
+    "a tile is freed before it was read": (
+        "            wait_products<0>();\n            written_by_products(found.sums);\n            release",
+        "            written_by_products(found.sums);\n            release",
+    ),
+    "a tile is never freed": (
+        "            release(ring, before);\n            if constexpr",
+        "            if constexpr",
+    ),
+    "sums leave a block before its partner's are there": ("sync_cluster();\n        partner", "partner"),
+    "exponentials are rounded into registers under way": (
+        "            exponentiate(tile);\n            wait_products<0>();",
+        "            exponentiate(tile);\n            round_exponentials();\n            wait_products<0>();",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault, tmp_path):
+    if not emulated.CSRC.exists():
+        pytest.skip("an installed wheel has no sources")
+    csrc = shutil.copytree(emulated.CSRC, tmp_path / "csrc")
+    kernel = csrc / "info_nce_sweep_kernel.h"
+    right, wrong = FAULTS[fault]
+    text = kernel.read_text()
+    assert text.count(right) == 1, "the kernel has changed: name the fault anew"
+    kernel.write_text(text.replace(right, wrong))
+    kernels = emulated.build(tmp_path, ("info_nce_sweep",), csrc)
+
+    n = 70
+    q, _, queue = make(n, 3400, 128, torch.float16, queue_dtype=torch.float16)
+    q = q / q.norm(dim=1, keepdim=True)
+    p = torch.exp(q.double() @ queue.double().t() / 0.2)
+    try:
+        sums, _, shifts, *_ = sweep(q, queue, torch.zeros(n), 0.2, 1, 27, kernels=kernels)
+    except RuntimeError as found:
+        assert "deadlock" in str(found)
+    else:
+        weight = torch.exp2(shifts.double())[:, :, None]
+        assert not relative((sums * weight).sum(0), p @ queue.double()) < 1e-2
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+def test_native_backend_on_a_gpu(op):
+    q, k, queue = (x.cuda() for x in make(256, 65536, 128, queue_dtype=torch.float16))
+    q.requires_grad_()
+    results = []
+    for name in ("native", "triton"):
+        with moco_fast.use_backend(name):
+            loss = moco_fast.info_nce(q, k, queue)
+        results.append((loss.detach(), *torch.autograd.grad(loss, q)))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-4)
+    assert relative(results[0][1], results[1][1]) < 1e-3
