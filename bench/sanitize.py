@@ -39,6 +39,13 @@ def rows(device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, str]]:
 def info_nce(device: torch.device) -> None:
     for q, keys, queue, precision in rows(device):
         moco_fast.info_nce(q, keys, queue, precision=precision, return_stats=True)[0].backward()
+        # The kernel that has to be asked for, of many queries and of few.
+        if precision == "high" and "native" in serving("info_nce", (q, keys, queue))[0]:
+            mirror = queue.half() if q.is_cuda else queue
+            for n in (len(q), len(q) // 2):
+                with moco_fast.use_backend("native"):
+                    loss, _ = moco_fast.info_nce(q[:n], keys[:n], mirror, return_stats=True)
+                loss.backward()
 
 
 def nt_xent(device: torch.device) -> None:

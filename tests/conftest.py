@@ -13,6 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import emulated
+
 from moco_fast import backends, native
 from moco_fast.kernels import backend as triton
 
@@ -30,6 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 PLACES = [("reference", "cpu"), ("native", "cpu"), *((name, "cuda") for name in backends.BACKENDS)]
 if triton.interpreted():
     PLACES.append(("triton", "cpu"))
+PLACES.append(("native", "emulated"))  # its CUDA kernels, on the CPU
 
 
 def pytest_generate_tests(metafunc):
@@ -52,9 +55,14 @@ def has_op(name, device, op):
 
 
 @pytest.fixture
-def place(request):
+def place(request, monkeypatch):
     """A backend and the device it runs on; skips, by name, what is not built or installed."""
     name, device = request.param
+    if device == "emulated":
+        emulated.library()  # or skips
+        monkeypatch.setattr(native, "_C", emulated.MultiTensor)
+        monkeypatch.setattr(native, "_READS_TENSORS", False)
+        return name, "cpu"
     module = backends.BACKENDS[name]
     probe = torch.empty((1, 1), device=device)
     if module is not backends.reference and (reason := module.cannot_serve(request.module.OP, (probe,))):
@@ -155,6 +163,7 @@ def pytest_terminal_summary(terminalreporter):
         reports = terminalreporter.getreports("skipped")
         skipped = [r for r in reports if "gpu" in getattr(r, "keywords", ())]  # a skipped module has none
         missing.append(
-            f"everything on a GPU (none here: {len(skipped)} tests; Triton ran in the interpreter)"
+            f"everything on a GPU (none here: {len(skipped)} tests; Triton ran in the interpreter, CUDA C++ "
+            "in an emulator)"
         )
     terminalreporter.write_line(f"NOT TESTED on this machine: {'; '.join(missing) or 'nothing'}")

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 import moco_fast
 from moco_fast import native
@@ -102,22 +101,36 @@ def call(name, *arguments, kernels=None, seed=0):
         raise RuntimeError(told)
 
 
-def rows(*roles):
-    """Lists of tensors or None, one per role, as the kernels take them, and how many rows there are."""
-    table = (TensorRow * len(roles[0]))()
-    for row, tensors in zip(table, zip(*roles, strict=True), strict=True):
-        row.size = tensors[0].numel()
-        for role, tensor in enumerate(tensors):
-            if tensor is not None:
-                row.data[role], row.dtype[role] = tensor.data_ptr(), native.DTYPES[tensor.dtype]
-    return table, len(roles[0])
+class MultiTensor:
+    """In place of the compiled module ``native._C``: its functions over lists of tensors, emulated."""
 
+    @staticmethod
+    def Rows(addresses, sizes, dtypes, *_device):
+        table = (TensorRow * len(sizes))()
+        for i, (row, size) in enumerate(zip(table, sizes, strict=True)):
+            row.size = size
+            for role, (address, dtype) in enumerate(zip(addresses, dtypes, strict=True)):
+                row.data[role], row.dtype[role] = address[i] or None, dtype[i]
+        return table
 
-def scalar(x):
-    """A number, or a tensor that the kernel reads from where it is."""
-    if isinstance(x, torch.Tensor):
-        return ctypes.byref(Scalar(float("nan"), x.data_ptr(), native.DTYPES[x.dtype]))
-    return ctypes.byref(Scalar(x, None, native.DTYPES[torch.float64]))
+    @staticmethod
+    def ema_update(rows, m, _threads, _stream):
+        call("ema_update", rows, len(rows), ctypes.byref(Scalar(*m)))
+
+    @staticmethod
+    def sgd_scratch(_rows):
+        return 0  # kernels.cpp has its own
+
+    @staticmethod
+    def sgd_step(rows, step, lr, m, _scratch, _threads, _stream):
+        call(
+            "sgd_step", rows, len(rows), *(ctypes.byref(x) for x in (SgdStep(*step), Scalar(*lr), Scalar(*m)))
+        )
+
+    @staticmethod
+    def adamw_step(rows, step, lr, m, _threads, _stream):
+        numbers = AdamwStep(*step), Scalar(*lr), Scalar(*m)
+        call("adamw_step", rows, len(rows), *(ctypes.byref(x) for x in numbers))
 
 
 def info_nce_sweep(q, queue, pos, found, steps, numbers, online, **options):

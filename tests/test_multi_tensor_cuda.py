@@ -1,13 +1,19 @@
-"""What nvcc makes of the multi-tensor kernels; needs no GPU."""
+"""What nvcc makes of the multi-tensor kernels, and how they take numbers; needs no GPU.
+
+What they compute, the tests of the ops show: a place where those run is an emulated GPU.
+"""
 
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import emulated
 import pytest
+import torch
 
 import moco_fast
+from moco_fast import native
 
 CSRC = Path(moco_fast.__file__).parent.parent / "csrc"
 SOURCES = sorted(p.name for p in CSRC.glob("*.cu") if "multi_tensor_cuda.h" in p.read_text())
@@ -53,3 +59,25 @@ def test_no_spills_and_wide_accesses(source, tmp_path):
         assert not re.search(r"\b(LDL|STL)\b", sass), "local memory"
         # The table stays in the constant bank: read there by a block-dependent offset, never copied.
         assert re.search(r"\bU?LDC(\.\w+)* U?R\d+, c\[0x0\]\[U?R\d+", sass)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_numbers_that_only_the_gpu_knows(dtype):
+    """Momentum and learning rate are read where they lie: the value beside the address is not looked at."""
+    code = native.DTYPES[dtype]
+    m, lr = (torch.tensor([x], dtype=dtype) for x in (0.9, 0.05))
+    at_address, numbers = [], []
+    for found, (lr_, m_) in (
+        (at_address, [(float("nan"), x.data_ptr(), code) for x in (lr, m)]),
+        (numbers, [(x.item(), 0, native.DTYPES[torch.float64]) for x in (lr, m)]),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        param, grad, buffer, key = torch.randn(4, 9001, generator=generator).unbind()
+        roles = [[x.data_ptr()] for x in (param, grad, buffer, key)]
+        rows = emulated.MultiTensor.Rows(roles, [9001], [[0]] * 4)
+        step = (0.9, 0.0, 1e-4, 0.0, False, False, False)
+        emulated.MultiTensor.sgd_step(rows, step, lr_, m_, 0, 1, 0)
+        found += [param, buffer, key]
+    for got, want in zip(at_address, numbers, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)  # 1 - m in the precision of m
+        assert got.isfinite().all()
