@@ -32,23 +32,44 @@ void info_nce(Address q, Address k, int qk_dtype, Address queue, int queue_dtype
 }
 
 #if defined(MOCO_FAST_CUDA)
-// (q, queue, their dtype), (sums, totals, shifts, cosines, ranks), (n, slots, features, shares, steps) and
-// (scale, fixed_shift, offset) of InfoNceSweep
-using PySweepRows = std::tuple<Address, Address, int>;
+// (q, k, their dtype, queue, its dtype), (q_norm, k_norm, pos), (sums, totals, shifts, cosines, ranks), (n,
+// slots, features, shares, steps) and (scale, fixed_shift, offset) of InfoNceSweep
+using PySweepRows = std::tuple<Address, Address, int, Address, int>;
+using PySweepPairs = std::tuple<Address, Address, Address>;
 using PySweepFound = std::tuple<Address, Address, Address, Address, Address>;
 using PySweepSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 using PySweepNumbers = std::tuple<float, float, float>;
 
-void info_nce_sweep(const PySweepRows& rows, Address pos, const PySweepFound& found,
+void info_nce_sweep(const PySweepRows& rows, const PySweepPairs& pairs, const PySweepFound& found,
                     const PySweepSizes& sizes, const PySweepNumbers& numbers, bool online, int device,
                     Address stream) {
-    const auto [q, queue, operand] = rows;
+    const auto [q, k, q_dtype, queue, operand] = rows;
+    const auto [q_norm, k_norm, pos] = pairs;
     const auto [sums, totals, shifts, cosines, ranks] = found;
     const auto [n, slots, features, shares, steps] = sizes;
     const auto [scale, fixed_shift, offset] = numbers;
-    mf::info_nce_sweep_cuda({at<void>(q), at<void>(queue), dtype(operand), at<float>(pos), at<float>(sums),
-                             at<float>(totals), at<float>(shifts), at<float>(cosines), at<int32_t>(ranks), n,
-                             slots, features, shares, steps, scale, fixed_shift, offset, online},
+    mf::info_nce_sweep_cuda({at<void>(q),
+                             at<void>(k),
+                             dtype(q_dtype),
+                             at<void>(queue),
+                             dtype(operand),
+                             at<float>(q_norm),
+                             at<float>(k_norm),
+                             at<float>(pos),
+                             at<float>(sums),
+                             at<float>(totals),
+                             at<float>(shifts),
+                             at<float>(cosines),
+                             at<int32_t>(ranks),
+                             n,
+                             slots,
+                             features,
+                             shares,
+                             steps,
+                             scale,
+                             fixed_shift,
+                             offset,
+                             online},
                             {device, at<void>(stream)});
 }
 #endif
@@ -214,12 +235,13 @@ PYBIND11_MODULE(_C, m) {
           "q_hat,\n"
           "k_hat and norm are not read.");
 #if defined(MOCO_FAST_CUDA)
-    m.def("info_nce_sweep", &info_nce_sweep, py::arg("rows"), py::arg("pos"), py::arg("found"),
+    m.def("info_nce_sweep", &info_nce_sweep, py::arg("rows"), py::arg("pairs"), py::arg("found"),
           py::arg("sizes"), py::arg("numbers"), py::arg("online"), py::arg("device"), py::arg("stream"),
           Release(),
           "The sweep of InfoNCE over the queue on compute capability 9.0, queued in the stream; "
           "csrc/info_nce_sweep.h.\n\n"
-          "rows is (q, queue, their dtype), found (sums, totals, shifts, cosines or 0, ranks or 0), sizes "
+          "rows is (q, k, their dtype, queue, its dtype), pairs (q_norm, k_norm, pos), found (sums, totals, "
+          "shifts, cosines or 0, ranks or 0), sizes "
           "(n, slots,\nfeatures, shares, steps), numbers (scale, fixed_shift, offset).");
 #endif
     m.def("read_tensors_through", &read_tensors_through, py::arg("exchange_api"),

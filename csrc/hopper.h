@@ -35,10 +35,13 @@ MOCO_FAST_PTX void init(Barrier* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 
+// What this thread wrote to shared memory, before products or the copy engine read it.
+MOCO_FAST_PTX void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // After init(), before a barrier is used by another thread of the cluster or by the copy engine.
 MOCO_FAST_PTX void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    publish_writes();
 }
 
 MOCO_FAST_PTX void arrive(Barrier* barrier) {

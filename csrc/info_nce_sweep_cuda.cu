@@ -33,14 +33,15 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
     return encoder;
 }
 
-// Boxes of `height` rows and 64 columns, as hopper::matrix_at() describes them.
-CUtensorMap boxes(const void* rows, DType operand, int64_t count, int64_t width, int height) {
+// Boxes of kTile rows and 64 columns of the queue, as hopper::matrix_at() describes them.
+CUtensorMap queue_rows(const InfoNceSweep& args) {
     CUtensorMap map;
-    const cuuint64_t sizes[] = {cuuint64_t(width), cuuint64_t(count)}, pitch[] = {cuuint64_t(2 * width)};
-    const cuuint32_t box[] = {64, cuuint32_t(height)}, steps[] = {1, 1};
+    const cuuint64_t sizes[] = {cuuint64_t(args.features), cuuint64_t(args.slots)};
+    const cuuint64_t pitch[] = {cuuint64_t(2 * args.features)};
+    const cuuint32_t box[] = {64, kTile}, steps[] = {1, 1};
     const CUresult code = tensor_map_encoder()(
-        &map, operand == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-        const_cast<void*>(rows), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        &map, args.operand == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        2, const_cast<void*>(args.queue), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (code != CUDA_SUCCESS)
         throw std::runtime_error("info_nce: cuTensorMapEncodeTiled: error " + std::to_string(int(code)));
@@ -74,9 +75,7 @@ void launch_sweep(const InfoNceSweep& args, const CudaStream& where) {
     config.stream = static_cast<cudaStream_t>(where.stream);
     config.attrs = &cluster;
     config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, boxes(args.q, args.operand, args.n, args.features, kQueries),
-                             boxes(args.queue, args.operand, args.slots, args.features, kTile), args),
-          kOp, "cudaLaunchKernelEx");
+    check(cudaLaunchKernelEx(&config, kernel, queue_rows(args), args), kOp, "cudaLaunchKernelEx");
 }
 
 template <class Type, bool kMany>

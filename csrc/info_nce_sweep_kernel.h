@@ -1,10 +1,10 @@
 // The kernel of info_nce_sweep_cuda.cu; what each instruction does, in hopper.h.
 //
 // A block is one warp group that has the copy engine fetch tiles of the queue, and two that multiply. Those
-// hold their queries in shared memory, the products and sums in registers, and read a fetched tile twice: as
-// keys, q.n, and as values, p n. While the matrix units do one tile's values and the next one's keys, the
-// exponentials of the tile between are computed; of many queries the groups take turns, so that one computes
-// exponentials while the other multiplies.
+// normalise their queries into shared memory while the first tiles are on their way, hold products and sums
+// in registers, and read a tile twice: as keys, q.n, and as values, p n. While the matrix units do one tile's
+// values and the next one's keys, the exponentials of the tile between are computed; of many queries the
+// groups take turns, so that one computes exponentials while the other multiplies.
 //
 // A share of the queue has two sides, which take its tiles in turn and add what they found at the end, each
 // for half of the columns:
@@ -15,58 +15,12 @@
 
 #include "hopper.h"
 #include "info_nce_sweep.h"
+#include "info_nce_sweep_block.h"
 
 namespace moco_fast {
 namespace {
 
 using namespace hopper;
-
-constexpr int kTile = InfoNceSweep::kTile, kWidth = InfoNceSweep::kWidth;
-constexpr int kGroup = 128;                   // threads of a warp group
-constexpr int kThreads = 3 * kGroup;          // fetching, and two that multiply
-constexpr int kBoxBytes = 128;                // of a row in shared memory: half of its columns
-constexpr int kHalfTile = kTile * kBoxBytes;  // bytes
-constexpr int kStages = 6;
-constexpr int kExchanged = 40;  // values of a thread for its partner
-
-template <bool kMany>
-struct Shared {
-    static constexpr int kQueries = kMany ? 128 : 64;
-    char q[2][kQueries * kBoxBytes];
-    char tiles[kStages][2][kHalfTile];
-    Barrier q_full, full[kStages], empty[kStages];
-};
-template <bool kMany>
-constexpr int kSharedBytes = sizeof(Shared<kMany>);
-static_assert(kSharedBytes<true> <= 227 * 1024 && kExchanged * 2 * kGroup * 4 <= kStages * 2 * kHalfTile);
-
-// The ring of tiles in shared memory, and how many went through it.
-template <bool kMany>
-struct Ring {
-    Shared<kMany>& shared;
-    int count = 0;
-
-    __device__ __forceinline__ int stage(int tile) const { return (count + tile) % kStages; }
-    __device__ __forceinline__ int turn(int tile) const { return (count + tile) / kStages & 1; }
-};
-
-// What a thread knows of two queries, `row` and `row + 8`, from the tiles of its side.
-struct Found {
-    float sums[64];  // columns 8 i + 2 (lane % 4) + {0, 1} of the first query, then of the second, for each i
-    float total[2], shift[2], cosine[2];
-    int above[2];
-};
-
-__device__ __forceinline__ float largest_of_four_lanes(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-template <class T>
-__device__ __forceinline__ T sum_of_four_lanes(T x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // Cosines become exponentials; what the sums so far are to be multiplied by, if kOnline.
 template <bool kOnline, bool kStats>
@@ -92,7 +46,7 @@ __device__ __forceinline__ void exponentials(float (&s)[64], Found& found, float
             float top = -INFINITY;
 #pragma unroll
             for (int i = 0; i < 64; i += 4) top = fmaxf(top, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
-            const float grown = fmaxf(found.shift[r], largest_of_four_lanes(top) * args.scale - args.offset);
+            const float grown = fmaxf(found.shift[r], largest_of<4>(top) * args.scale - args.offset);
             rescale[r] = exp2_fast(found.shift[r] - grown);
             found.total[r] *= rescale[r];
             found.shift[r] = grown;
@@ -208,9 +162,9 @@ __device__ __forceinline__ void walk(Found& found, Ring<kMany>& ring, int first,
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        found.total[r] = sum_of_four_lanes(found.total[r]);
-        found.cosine[r] = sum_of_four_lanes(found.cosine[r]);
-        found.above[r] = sum_of_four_lanes(found.above[r]);
+        found.total[r] = sum_over<4>(found.total[r]);
+        found.cosine[r] = sum_over<4>(found.cosine[r]);
+        found.above[r] = sum_over<4>(found.above[r]);
     }
 }
 
@@ -295,8 +249,7 @@ __device__ __forceinline__ void store(const Found& found, const InfoNceSweep& ar
 // Grid (blocks of queries, shares), or (blocks of queries, 2 * shares) in clusters of (1, 2).
 template <class Type, bool kMany, bool kStats>
 __global__ void __launch_bounds__(kThreads, 1)
-    sweep(const __grid_constant__ CUtensorMap q_rows, const __grid_constant__ CUtensorMap queue_rows,
-          const __grid_constant__ InfoNceSweep args) {
+    sweep(const __grid_constant__ CUtensorMap queue_rows, const __grid_constant__ InfoNceSweep args) {
     Shared<kMany>& shared = *reinterpret_cast<Shared<kMany>*>(dynamic_shared());
     constexpr int kQueries = Shared<kMany>::kQueries;
     const int thread = int(threadIdx.x), group = thread / kGroup - 1;
@@ -310,9 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int tiles = begin < end ? int(kMany ? (end - begin + 1) / 2 : end - begin) : 0;
 
     if (thread == 0) {
-        prefetch(&q_rows);
         prefetch(&queue_rows);
-        init(&shared.q_full, 1);
         for (int stage = 0; stage < kStages; ++stage) {
             init(&shared.full[stage], 1);
             init(&shared.empty[stage], kMany ? 8 : 4);  // warps that read a tile
@@ -325,11 +276,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     bool online = args.online;
     if (group < 0) {
         give_registers<24>();
-        if (thread == 0) {
-            arrive_expecting(&shared.q_full, sizeof shared.q);
-            for (int half = 0; half < 2; ++half)
-                copy_box(shared.q[half], &q_rows, int(blockIdx.x) * kQueries, 64 * half, &shared.q_full);
-        }
         bool again = true;
         while (again) {
             if (thread == 0) {
@@ -352,11 +298,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     } else {
         take_registers<240>();
-        const int64_t row = int64_t(blockIdx.x) * kQueries + (kMany ? group * 64 : 0) +
-                            thread % kGroup / 32 * 16 + thread % 32 / 4;
-        const float pos[2] = {row < args.n ? args.pos[row] : 0, row + 8 < args.n ? args.pos[row + 8] : 0};
+        prepare<Type, kMany, kStats>(shared, args);
+        const int here = (kMany ? group * 64 : 0) + thread % kGroup / 32 * 16 + thread % 32 / 4;
+        const float pos[2] = {shared.pos[here], shared.pos[here + 8]};
         Found found;
-        wait(&shared.q_full, 0);
         bool again = true;
         while (again) {
             if (online)
@@ -369,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             online = true;
         }
         meet_partner<kMany>(found, shared, side);
-        store<kStats>(found, args, share, row, side);
+        store<kStats>(found, args, share, int64_t(blockIdx.x) * kQueries + here, side);
         if constexpr (kMany) sync_cluster();  // before a block ends, its partner has read from it
     }
 }

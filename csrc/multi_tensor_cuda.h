@@ -5,13 +5,12 @@
 // Included by *_cuda.cu only.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstring>
 
+#include "dtype_cuda.h"
 #include "launch_cuda.h"
 #include "rounding.h"
 #include "tensor_rows.h"
@@ -149,20 +148,6 @@ __device__ __forceinline__ void store(T* to, const T (&from)[V]) {
     }
 }
 
-// dtype.h's conversions, by the GPU's own instructions.
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(bf16_t x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-__device__ __forceinline__ float widen(f16_t x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ __forceinline__ void narrow(float x, float& out) { out = x; }
-__device__ __forceinline__ void narrow(double x, double& out) { out = x; }
-__device__ __forceinline__ void narrow(float x, bf16_t& out) {
-    out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
-}
-__device__ __forceinline__ void narrow(float x, f16_t& out) {
-    out.bits = __half_as_ushort(__float2half_rn(x));
-}
-
 template <class T>
 using Compute = decltype(widen(T{}));  // double for double, else float
 
@@ -185,21 +170,6 @@ __device__ __forceinline__ double value_of(const Scalar& x) {
     if (!x.address) return x.value;
     return x.dtype == DType::f32 ? double(*static_cast<const float*>(x.address))
                                  : *static_cast<const double*>(x.address);
-}
-
-// visit(value) with a value of the type that dtype names.
-template <class Visit>
-__device__ __forceinline__ void with_type(DType dtype, Visit visit) {
-    switch (dtype) {
-        case DType::f32:
-            return visit(float{});
-        case DType::bf16:
-            return visit(bf16_t{});
-        case DType::f16:
-            return visit(f16_t{});
-        case DType::f64:
-            return visit(double{});
-    }
 }
 
 }  // namespace moco_fast::cuda

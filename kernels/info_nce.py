@@ -21,7 +21,7 @@ the exponentials fit the operand type between -1/T and 1/T (``FIXED_SHIFT_FROM``
 Rows that are not unit can break that bound: a program whose sums came out
 non-finite walks its share again with a running maximum.
 
-On Hopper csrc/info_nce_sweep.h can take the place of ``_sweep``: ``by_hand``.
+On Hopper csrc/info_nce_sweep.h can take the place of ``_prepare`` and ``_sweep``: ``by_hand``.
 
 Reference: moco_fast.reference.info_nce.  Tests: tests/test_info_nce.py, tests/test_info_nce_sweep.py.
 """
@@ -288,12 +288,12 @@ def tune_case(key: tuple[str, int]) -> Callable[[Tiles], Callable[[], object]]:
     return lambda tiles: lambda: info_nce(q, k, queue, 0.07, "high", True, False, tiles)
 
 
-def _aligned(queue: Tensor) -> Tensor:
-    """The queue as TMA takes it: 16-byte aligned, rows a multiple of 16 bytes. A copy where it is not."""
-    missing = -queue.shape[1] % 8
+def _aligned(rows: Tensor) -> Tensor:
+    """Rows as TMA takes them: 16-byte aligned, a multiple of 16 bytes each. A copy where they are not."""
+    missing = -rows.shape[1] % 8
     if missing:
-        return torch.nn.functional.pad(queue, (0, missing))
-    return queue.clone() if queue.data_ptr() % 16 else queue
+        return torch.nn.functional.pad(rows, (0, missing))
+    return rows.clone() if rows.data_ptr() % 16 else rows
 
 
 def info_nce(
@@ -340,8 +340,6 @@ def info_nce(
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    q_high = scratch(n, width, dtype=operand)
-    q_low = scratch(n, width, dtype=operand) if split else q_high
     q_norm, k_norm, pos, loss = (scratch(n) for _ in range(4))
     sums = scratch(shares, n, features) if with_dq else loss
     totals, shifts = scratch(shares, n), scratch(shares, n)
@@ -351,19 +349,21 @@ def info_nce(
     stats = n if need_stats else 0
     rank, neg = scratch(stats, dtype=torch.int64), scratch(n if sums_wanted else 0)
 
-    rows = max(1, 4096 // block_c)
-    tma = has_tma(q.device)
-    block_r, chunk, finishing_warps = finishing_blocks(n, block_c, q.device)
-    _prepare[(triton.cdiv(n, rows),)](
-        q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
-        WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
-    )  # fmt: skip
     if by_hand:
         native.info_nce_sweep(
-            q_high, queue, pos, (sums, totals, shifts, *((cosines, ranks) if need_stats else ())),
+            _aligned(q), _aligned(k), queue, (q_norm, k_norm, pos),
+            (sums, totals, shifts, *((cosines, ranks) if need_stats else ())),
             steps_per_share, (scale, scale - OFFSET[operand], OFFSET[operand]), online,
         )  # fmt: skip
     else:
+        q_high = scratch(n, width, dtype=operand)
+        q_low = scratch(n, width, dtype=operand) if split else q_high
+        rows = max(1, 4096 // block_c)
+        tma = has_tma(q.device)
+        _prepare[(triton.cdiv(n, rows),)](
+            q, k, q_high, q_low, q_norm, k_norm, pos, n, features,
+            WIDTH=width, BLOCK_R=rows, BLOCK_C=block_c, SPLIT=split, enable_fp_fusion=True,
+        )  # fmt: skip
         _sweep[(blocks, shares)](
             *row_blocks((q_high, q_low, queue), (block_m, block_m, block_n), block_c, tma),
             pos, sums, totals, shifts, cosines, ranks,
@@ -373,6 +373,7 @@ def info_nce(
             DQ=with_dq, SUMS=sums_wanted, RANKS=need_stats,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
+    block_r, chunk, finishing_warps = finishing_blocks(n, block_c, q.device)
     _finish[(triton.cdiv(n, block_r),)](
         q, k, q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks, loss, dq, rank, neg,
         n, slots, features, scale, 1 / temperature,

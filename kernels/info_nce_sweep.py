@@ -1,7 +1,7 @@
 """Which calls the sweep written for Hopper serves, csrc/info_nce_sweep.h, and how it divides them.
 
-``native.info_nce_sweep`` launches it. It reads what ``info_nce._prepare`` wrote, and writes what
-``info_nce._finish`` reads.
+``native.info_nce_sweep`` launches it. It does what ``info_nce._prepare`` and ``_sweep`` do in one
+launch, and writes what ``_finish`` reads.
 """
 
 from __future__ import annotations

@@ -137,18 +137,20 @@ def info_nce(
 
 
 def info_nce_sweep(
-    q: Tensor,  # (N, C) fp16 or bf16
-    queue: Tensor,  # (K, C) of the same dtype
-    pos: Tensor,  # (N,)
+    q: Tensor,  # (N, C) raw
+    k: Tensor,  # (N, C) raw, of the same dtype
+    queue: Tensor,  # (K, C) fp16 or bf16
+    pairs: Sequence[Tensor],  # |q|, |k| and their cosine, (N,)
     found: Sequence[Tensor],  # sums (SHARES, N, C), totals, shifts, and if wanted cosines, ranks (SHARES, N)
     steps: int,  # tiles per share
     numbers: tuple[float, float, float],  # scale, fixed shift, offset
     online: bool,
 ) -> None:
-    """Queue the kernel of csrc/info_nce_sweep.h, which writes ``found``."""
-    written = [tensor.data_ptr() for tensor in found]
+    """Queue the kernel of csrc/info_nce_sweep.h, which writes ``pairs`` and ``found``."""
+    about, written = ([tensor.data_ptr() for tensor in group] for group in (pairs, found))
     _C.info_nce_sweep(
-        (q.data_ptr(), queue.data_ptr(), DTYPES[q.dtype]), pos.data_ptr(), (*written, 0, 0)[:5],
+        (q.data_ptr(), k.data_ptr(), DTYPES[q.dtype], queue.data_ptr(), DTYPES[queue.dtype]),
+        tuple(about), (*written, 0, 0)[:5],
         (len(q), *queue.shape, len(found[0]), steps), numbers, online, q.device.index, _stream(q.device),
     )  # fmt: skip
 

@@ -49,9 +49,12 @@ class AdamwStep(ctypes.Structure):
 class Sweep(ctypes.Structure):
     _fields_ = [
         ("q", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
         ("queue", ctypes.c_void_p),
         ("operand", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("pos", "sums", "totals", "shifts", "cosines", "ranks")),
+        *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "pos")),
+        *((name, ctypes.c_void_p) for name in ("sums", "totals", "shifts", "cosines", "ranks")),
         *((name, ctypes.c_int64) for name in ("n", "slots", "features", "shares", "steps")),
         *((name, ctypes.c_float) for name in ("scale", "fixed_shift", "offset")),
         ("online", ctypes.c_bool),
@@ -133,12 +136,11 @@ class MultiTensor:
         call("adamw_step", rows, len(rows), *(ctypes.byref(x) for x in numbers))
 
 
-def info_nce_sweep(q, queue, pos, found, steps, numbers, online, **options):
+def info_nce_sweep(q, k, queue, pairs, found, steps, numbers, online, **options):
     """In place of ``native.info_nce_sweep``."""
-    written = [tensor.data_ptr() for tensor in found] + [None, None]
-    sizes = (*q.shape[:1], *queue.shape, len(found[0]), steps)
+    about, written = ([tensor.data_ptr() for tensor in group] for group in (pairs, found))
     args = Sweep(
-        q.data_ptr(), queue.data_ptr(), native.DTYPES[q.dtype], pos.data_ptr(), *written[:5],
-        *sizes, *numbers, online,
+        q.data_ptr(), k.data_ptr(), native.DTYPES[q.dtype], queue.data_ptr(), native.DTYPES[queue.dtype],
+        *about, *[*written, None, None][:5], len(q), *queue.shape, len(found[0]), steps, *numbers, online,
     )  # fmt: skip
     call("info_nce_sweep", ctypes.byref(args), **options)

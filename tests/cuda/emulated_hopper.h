@@ -47,6 +47,7 @@ inline void init(Barrier* barrier, int arrivals) {
     std::memcpy(barrier, &fresh, sizeof fresh);
 }
 
+inline void publish_writes() {}
 inline void publish_barriers() {}
 
 inline void end_phase(BarrierState& state) {
