@@ -305,7 +305,7 @@ def test_what_the_native_backend_serves(monkeypatch):
     monkeypatch.setattr(native, "_C", Built)
     assert reason() is None and reason((12, 0)) is None
     assert "want compute capability 8.0, cuda:0 has 7.5" in reason((7, 5))
-    assert "runs on the CPU" in native.cannot_serve("info_nce", [OnGpu()])
+    assert "runs on the CPU" in native.cannot_serve("enqueue_", [OnGpu()])
     Built.found = []
     assert "the driver is older" in reason()
     Built.has_cuda = False
