@@ -2,22 +2,22 @@
 // engine, matrix products of a warp group. Names and layouts are those of the PTX ISA (mbarrier,
 // cp.async.bulk.tensor, wgmma, setmaxnreg). Included by *_cuda.cu only.
 //
-// tests/cuda/hopper.h stands in for this file where the kernels run on a CPU: another implementation of the
-// same declarations, so a change of one is a change of both.
+// tests/cuda/emulated_hopper.h stands in for the instructions where kernels run on a CPU: the same
+// declarations, so a change of one is a change of both.
 #pragma once
-
-#if defined(MOCO_FAST_EMULATED)
-#include "emulated_hopper.h"
-#else
 
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-namespace moco_fast::hopper {
-
 #define MOCO_FAST_PTX static __device__ __forceinline__
+
+#if defined(MOCO_FAST_EMULATED)
+#include "emulated_hopper.h"
+#else
+
+namespace moco_fast::hopper {
 
 MOCO_FAST_PTX uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
@@ -80,12 +80,9 @@ MOCO_FAST_PTX void arrive_warps(int barrier, int threads) {
 
 // --- clusters ---
 
-MOCO_FAST_PTX void sync_cluster() {
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
-}
+// All threads of a cluster: what was written before arriving can be read after waiting.
+MOCO_FAST_PTX void arrive_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+MOCO_FAST_PTX void wait_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The address of a block's shared memory as another block of the cluster sees it.
 template <class T>
@@ -123,18 +120,6 @@ MOCO_FAST_PTX void take_registers() {
 }
 
 // --- products of a warp group, asynchronous ---
-
-// Where a matrix of 16-bit values lies in shared memory, for the matrix units: rows of 128 bytes, whose eight
-// 16-byte pieces are permuted by the row's number modulo 8 (the copy engine's 128-byte swizzle). Eight rows
-// are 1024 bytes; `blocks` is the distance in bytes between blocks of 64 columns, where columns are the
-// dimension that is not summed over.
-MOCO_FAST_PTX uint64_t matrix_at(const void* rows, int blocks) {
-    const uint64_t swizzle128 = uint64_t(1) << 62, eight_rows = uint64_t(1024 >> 4) << 32;
-    return swizzle128 | eight_rows | uint64_t(blocks >> 4) << 16 | (shared_address(rows) & 0x3ffff) >> 4;
-}
-
-// `bytes` further, a multiple of 16.
-MOCO_FAST_PTX uint64_t further(uint64_t matrix, int bytes) { return matrix + uint64_t(bytes >> 4); }
 
 // Before the first product after registers that it reads or adds to were written.
 MOCO_FAST_PTX void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -220,8 +205,29 @@ MOCO_FAST_PTX float exp2_fast(float x) {
     return y;
 }
 
-#undef MOCO_FAST_PTX
-
 }  // namespace moco_fast::hopper
 
 #endif
+
+namespace moco_fast::hopper {
+
+MOCO_FAST_PTX void sync_cluster() {
+    arrive_cluster();
+    wait_cluster();
+}
+
+// Where a matrix of 16-bit values lies in shared memory, for the matrix units: rows of 128 bytes, whose eight
+// 16-byte pieces are permuted by the row's number modulo 8 (the copy engine's 128-byte swizzle). Eight rows
+// are 1024 bytes; `blocks` is the distance in bytes between blocks of 64 columns, where columns are the
+// dimension that is not summed over.
+MOCO_FAST_PTX uint64_t matrix_at(const void* rows, int blocks) {
+    const uint64_t swizzle128 = uint64_t(1) << 62, eight_rows = uint64_t(1024 >> 4) << 32;
+    return swizzle128 | eight_rows | uint64_t(blocks >> 4) << 16 | (shared_address(rows) & 0x3ffff) >> 4;
+}
+
+// `bytes` further, a multiple of 16.
+MOCO_FAST_PTX uint64_t further(uint64_t matrix, int bytes) { return matrix + uint64_t(bytes >> 4); }
+
+}  // namespace moco_fast::hopper
+
+#undef MOCO_FAST_PTX

@@ -123,9 +123,13 @@ __device__ __forceinline__ void walk(Found& found, Ring<kMany>& ring, int first,
         for (int i = 0; i < 32; ++i) p[i] = Type::pair(s[2 * i], s[2 * i + 1]);
     };
 
+    const auto await = [&](int tile) {
+        if (tile < tiles) wait(&ring.shared.full[ring.stage(tile)], ring.turn(tile));
+    };
+
     if (begin < tiles) {
         if (kMany && group == 1) arrive_warps(1, 2 * kGroup);  // the other group is first
-        wait(&ring.shared.full[ring.stage(begin)], ring.turn(begin));
+        await(begin);
         take_turn();
         begin_products();
         by_keys(begin);
@@ -134,9 +138,9 @@ __device__ __forceinline__ void walk(Found& found, Ring<kMany>& ring, int first,
         written_by_products(s);
         exponentiate(begin);
         round_exponentials();
+        await(begin + step);
         int before = begin;
         for (int tile = begin + step; tile < tiles; before = tile, tile += step) {
-            wait(&ring.shared.full[ring.stage(tile)], ring.turn(tile));
             take_turn();
             begin_products();
             by_keys(tile);
@@ -145,6 +149,10 @@ __device__ __forceinline__ void walk(Found& found, Ring<kMany>& ring, int first,
             wait_products<1>();
             written_by_products(s);
             exponentiate(tile);
+            // Here, not above: ptxas moves no arithmetic across the loop that waits for a barrier, but it
+            // would move all exponentials below the products that they are to run beside.
+            written_by_products(s);
+            await(tile + step);
             wait_products<0>();
             written_by_products(found.sums);
             release(ring, before);
@@ -169,33 +177,32 @@ __device__ __forceinline__ void walk(Found& found, Ring<kMany>& ring, int first,
 }
 
 __device__ __forceinline__ bool finite(const Found& found) {
-    float size = found.total[0] + found.total[1];
+    float size[4] = {found.total[0], found.total[1], 0, 0};  // four chains of additions
 #pragma unroll
-    for (int i = 0; i < 64; ++i) size += fabsf(found.sums[i]);
-    return size < INFINITY;
+    for (int i = 0; i < 64; ++i) size[i % 4] += fabsf(found.sums[i]);
+    return (size[0] + size[1]) + (size[2] + size[3]) < INFINITY;
 }
 
 // Adds what the partner, the same thread of the other side, found: its half of the columns, [32 * side, 32 *
 // side + 32) of the sums, which end up in the first 32.
 template <bool kMany>
 __device__ __forceinline__ void meet_partner(Found& found, Shared<kMany>& shared, int side) {
-    float* const buffer = reinterpret_cast<float*>(shared.tiles[0][0]);
-    float* const own = buffer + int(threadIdx.x) - kGroup;
+    float4* const own = reinterpret_cast<float4*>(shared.tiles[0][0]) + int(threadIdx.x) - kGroup;
     constexpr int kStride = 2 * kGroup;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-        const float given = side ? found.sums[i] : found.sums[32 + i];
-        found.sums[i] = side ? found.sums[32 + i] : found.sums[i];
-        own[i * kStride] = given;
-    }
+    for (int i = 0; i < 32; i += 4) {
+        float given[4];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        own[(32 + r) * kStride] = found.total[r];
-        own[(34 + r) * kStride] = found.shift[r];
-        own[(36 + r) * kStride] = found.cosine[r];
-        own[(38 + r) * kStride] = __int_as_float(found.above[r]);
+        for (int j = i; j < i + 4; ++j) {
+            given[j - i] = side ? found.sums[j] : found.sums[32 + j];
+            found.sums[j] = side ? found.sums[32 + j] : found.sums[j];
+        }
+        own[i / 4 * kStride] = {given[0], given[1], given[2], given[3]};
     }
-    const float* partner;
+    own[8 * kStride] = {found.total[0], found.total[1], found.shift[0], found.shift[1]};
+    own[9 * kStride] = {found.cosine[0], found.cosine[1], __int_as_float(found.above[0]),
+                        __int_as_float(found.above[1])};
+    const float4* partner;
     if constexpr (kMany) {
         sync_cluster();
         partner = shared_of(1 - side, own);
@@ -203,21 +210,29 @@ __device__ __forceinline__ void meet_partner(Found& found, Shared<kMany>& shared
         sync_warps(1, 2 * kGroup);
         partner = side ? own - kGroup : own + kGroup;
     }
+    const float4 sizes = partner[8 * kStride], counts = partner[9 * kStride];
+    const float total[2] = {sizes.x, sizes.y}, shift[2] = {sizes.z, sizes.w},
+                cosine[2] = {counts.x, counts.y};
+    const int above[2] = {__float_as_int(counts.z), __float_as_int(counts.w)};
     float scale[2], partner_scale[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float shift = partner[(34 + r) * kStride];
-        const float top = fmaxf(found.shift[r], shift);
+        const float top = fmaxf(found.shift[r], shift[r]);
         scale[r] = exp2_fast(found.shift[r] - top);
-        partner_scale[r] = exp2_fast(shift - top);
+        partner_scale[r] = exp2_fast(shift[r] - top);
         found.shift[r] = top;
-        found.total[r] = found.total[r] * scale[r] + partner[(32 + r) * kStride] * partner_scale[r];
-        found.cosine[r] += partner[(36 + r) * kStride];
-        found.above[r] += __float_as_int(partner[(38 + r) * kStride]);
+        found.total[r] = found.total[r] * scale[r] + total[r] * partner_scale[r];
+        found.cosine[r] += cosine[r];
+        found.above[r] += above[r];
     }
 #pragma unroll
-    for (int i = 0; i < 32; ++i)
-        found.sums[i] = found.sums[i] * scale[i / 2 % 2] + partner[i * kStride] * partner_scale[i / 2 % 2];
+    for (int i = 0; i < 32; i += 4) {
+        const float4 taken = partner[i / 4 * kStride];
+        found.sums[i] = found.sums[i] * scale[0] + taken.x * partner_scale[0];
+        found.sums[i + 1] = found.sums[i + 1] * scale[0] + taken.y * partner_scale[0];
+        found.sums[i + 2] = found.sums[i + 2] * scale[1] + taken.z * partner_scale[1];
+        found.sums[i + 3] = found.sums[i + 3] * scale[1] + taken.w * partner_scale[1];
+    }
 }
 
 template <bool kStats>
@@ -314,8 +329,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             online = true;
         }
         meet_partner<kMany>(found, shared, side);
+        if constexpr (kMany) arrive_cluster();
         store<kStats>(found, args, share, int64_t(blockIdx.x) * kQueries + here, side);
-        if constexpr (kMany) sync_cluster();  // before a block ends, its partner has read from it
+        if constexpr (kMany) wait_cluster();  // before a block ends, its partner has read from it
     }
 }
 

@@ -3,9 +3,6 @@
 // luck as early as its issue: whoever reads, writes or frees what is under way gets wrong numbers or NaN.
 #pragma once
 
-#include <cuda.h>
-#include <cuda_runtime.h>
-
 #include "dtype.h"
 
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
@@ -20,7 +17,12 @@ namespace moco_fast::hopper {
 using emulated::require;
 using emulated::self;
 
-inline uint32_t shared_address(const void* at) { return uint32_t(emulated::shared_offset(at)); }
+// As on a GPU shared memory begins after 1 KB of the system's, and the addresses of blocks in a cluster
+// differ.
+constexpr uint32_t kFirst = 0x400;
+inline uint32_t shared_address(const void* at) {
+    return kFirst + (uint32_t(self().block->rank) << 24) + uint32_t(emulated::shared_offset(at));
+}
 inline char* dynamic_shared() { return self().block->shared; }
 
 // --- barriers ---
@@ -32,23 +34,27 @@ struct BarrierState {
     int32_t bytes;
 };
 static_assert(sizeof(BarrierState) == sizeof(Barrier));
-constexpr uint8_t kUsed = 0xb5;
+constexpr uint8_t kFresh = 0xb4, kUsed = 0xb5;  // before and after publish_barriers()
 
 inline BarrierState& state_of(Barrier* barrier) {
-    static_cast<void>(shared_address(barrier));
+    static_cast<void>(emulated::shared_offset(barrier));
     BarrierState& state = *reinterpret_cast<BarrierState*>(barrier);
-    require(state.used == kUsed, "a barrier that nobody initialised");
+    require(state.used == kUsed, "a barrier that nobody initialised and published");
     return state;
 }
 
 inline void init(Barrier* barrier, int arrivals) {
-    require(shared_address(barrier) % 8 == 0 && arrivals > 0, "an impossible barrier");
-    const BarrierState fresh{uint8_t(arrivals), uint8_t(arrivals), 0, kUsed, 0};
+    require(emulated::shared_offset(barrier) % 8 == 0 && arrivals > 0, "an impossible barrier");
+    const BarrierState fresh{uint8_t(arrivals), uint8_t(arrivals), 0, kFresh, 0};
     std::memcpy(barrier, &fresh, sizeof fresh);
+    self().unpublished.push_back(barrier);
 }
 
 inline void publish_writes() {}
-inline void publish_barriers() {}
+inline void publish_barriers() {
+    for (Barrier* barrier : self().unpublished) reinterpret_cast<BarrierState*>(barrier)->used = kUsed;
+    self().unpublished.clear();
+}
 
 inline void end_phase(BarrierState& state) {
     if (state.pending > 0 || state.bytes != 0) return;
@@ -59,6 +65,7 @@ inline void end_phase(BarrierState& state) {
 inline void arrive_expecting(Barrier* barrier, int bytes) {
     BarrierState& state = state_of(barrier);
     require(state.pending > 0, "more arrivals than a barrier expects");
+    require(bytes >= 0 && bytes < 1 << 20, "more bytes than a barrier counts");
     state.bytes += bytes;
     --state.pending;
     end_phase(state);
@@ -71,16 +78,26 @@ inline void wait(Barrier* barrier, int parity) {
     emulated::wait_until([&state, parity] { return state.phase != parity; });
 }
 
-inline void sync_warps(int barrier, int threads) { emulated::meet(self().block->named[barrier], threads); }
-inline void arrive_warps(int barrier, int threads) {
-    emulated::arrive(self().block->named[barrier], threads);
+inline emulated::Meeting& named(int barrier, int threads) {
+    require(barrier > 0 && barrier < emulated::kNamedBarriers && threads % 32 == 0, "an impossible barrier");
+    return self().block->named[barrier];
 }
+inline void sync_warps(int barrier, int threads) { emulated::meet(named(barrier, threads), threads); }
+inline void arrive_warps(int barrier, int threads) { emulated::arrive(named(barrier, threads), threads); }
 
 // --- clusters ---
 
-inline void sync_cluster() {
+inline void arrive_cluster() {
     emulated::Cluster& cluster = *self().block->cluster;
-    emulated::meet(cluster.meeting, cluster.running);
+    require(self().arrived < 0, "a thread arrives at the cluster's barrier twice");
+    self().arrived = cluster.meeting.generation;
+    emulated::arrive(cluster.meeting, cluster.running);
+}
+inline void wait_cluster() {
+    const emulated::Meeting& meeting = self().block->cluster->meeting;
+    const int64_t arrived = std::exchange(self().arrived, -1);
+    require(arrived >= 0, "a thread waits at the cluster's barrier without having arrived");
+    emulated::wait_until([&meeting, arrived] { return meeting.generation != arrived; });
 }
 
 template <class T>
@@ -97,7 +114,7 @@ inline std::size_t swizzled(std::size_t address) { return address ^ ((address >>
 
 inline void copy_box(void* to, const CUtensorMap* matrix, int row, int column, Barrier* barrier) {
     emulated::Block& block = *self().block;
-    const std::size_t at = shared_address(to), pitch = 2 * matrix->box_columns;
+    const std::size_t at = emulated::shared_offset(to), pitch = 2 * matrix->box_columns;
     const std::size_t bytes = matrix->box_rows * pitch;
     require(at % 1024 == 0 && pitch == 128 && at + bytes <= block.shared_bytes,
             "a box in an impossible place");
@@ -122,18 +139,22 @@ inline void prefetch(const CUtensorMap*) {}
 
 // --- registers ---
 
+inline void ask_for_registers(int registers) {
+    emulated::Thread& thread = self();
+    require(registers % 8 == 0 && registers >= 24 && registers <= 256 && thread.registers == 0,
+            "an impossible number of registers");
+    thread.registers = registers;
+}
 template <int Registers>
-void give_registers() {}
+void give_registers() {
+    ask_for_registers(Registers);
+}
 template <int Registers>
-void take_registers() {}
+void take_registers() {
+    ask_for_registers(Registers);
+}
 
 // --- products ---
-
-inline uint64_t matrix_at(const void* rows, int blocks) {
-    return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(blocks >> 4) << 16 |
-           (shared_address(rows) & 0x3ffff) >> 4;
-}
-inline uint64_t further(uint64_t matrix, int bytes) { return matrix + uint64_t(bytes >> 4); }
 
 struct F16 {
     static float read(uint16_t bits) { return to_float(f16_t{bits}); }
@@ -160,7 +181,7 @@ struct Matrix {
     const char* shared;
 
     Matrix(uint64_t descriptor, const char* memory)
-        : start((descriptor & 0x3fff) << 4),
+        : start(((descriptor & 0x3fff) << 4) - kFirst),
           blocks((descriptor >> 16 & 0x3fff) << 4),
           eight_rows((descriptor >> 32 & 0x3fff) << 4),
           shared(memory) {

@@ -35,7 +35,7 @@ inline void require(bool holds, const char* what) {
 
 // Where so many threads wait for one another, again and again.
 struct Meeting {
-    int arrived = 0;
+    int arrived = 0, expected = 0;
     int64_t generation = 0;
 };
 
@@ -69,7 +69,10 @@ struct Thread {
     Block* block = nullptr;
     std::function<bool()> ready;  // empty: can go on
     bool ended = false;
-    bool fenced = false;  // begin_products() since the last wait
+    bool fenced = false;                 // begin_products() since the last wait
+    int registers = 0;                   // asked for
+    int64_t arrived = -1;                // at the cluster's meeting of this number
+    std::vector<uint64_t*> unpublished;  // barriers
     std::size_t issued = 0;
     std::vector<std::size_t> commits;
 
@@ -81,7 +84,7 @@ struct Cluster;
 struct Block {
     Index index;
     Cluster* cluster = nullptr;
-    int rank = 0, size = 0, running = 0, votes = 0;
+    int rank = 0, size = 0, running = 0, votes = 0, registers = 0;
     char* shared = nullptr;
     std::size_t shared_bytes = 0;
     Meeting named[kNamedBarriers];
@@ -123,6 +126,8 @@ inline void wait_until(std::function<bool()> ready) {
 }
 
 inline void arrive(Meeting& meeting, int expected) {
+    require(meeting.arrived == 0 || meeting.expected == expected, "threads expect different numbers of them");
+    meeting.expected = expected;
     if (++meeting.arrived < expected) return;
     meeting.arrived = 0;
     ++meeting.generation;
@@ -155,6 +160,7 @@ inline void enter() {
     }
     Thread& thread = self();
     thread.ended = true;
+    thread.block->registers += thread.registers;
     --thread.block->cluster->running;
     if (--thread.block->running == 0) std::memset(thread.block->shared, 0xff, thread.block->shared_bytes);
     swapcontext(&thread.context, &machine().scheduler);
@@ -240,6 +246,9 @@ inline void run(Index grid, int block_size, Index cluster_size, std::size_t shar
         }
         run_cluster(cluster, threads);
         if (m.failure) std::rethrow_exception(m.failure);
+        const int most = 65536 / block_size / 8 * 8 * block_size;  // what a launch of such blocks is given
+        for (const Block& block : cluster.blocks)
+            require(block.registers <= most, "more registers than there are");
     }
 }
 
