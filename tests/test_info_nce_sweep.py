@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import moco_fast
 from moco_fast import backends, native
+from moco_fast.kernels import backend as triton
 from moco_fast.kernels import info_nce_sweep
 
 pytest.importorskip("triton", reason="Triton is not installed: it prepares and finishes the sweep")
@@ -126,20 +127,32 @@ def test_impossible_arguments_of_the_driver_are_told():
 # --- the op, whose last kernel runs in Triton's interpreter ---
 
 
-@pytest.fixture
-def op(triton_device, monkeypatch):
-    """Loss rows, dq of SCALE times the mean, rank, pos and neg."""
-    if triton_device == "cpu":
-        monkeypatch.setattr(native, "info_nce_sweep", emulated.info_nce_sweep)
+PLACES = [
+    pytest.param(
+        "emulated",
+        marks=pytest.mark.skipif(
+            not triton.interpreted(), reason="Triton compiles its kernels for the GPU here"
+        ),
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
-    def run(q, k, queue, temperature, precision="high", need_dq=True, need_stats=True):
-        moved = (x.to(triton_device) for x in (q, k, queue))
-        found = launcher.info_nce(*moved, temperature, precision, need_dq, need_stats, by_hand=True)
+
+@pytest.fixture(params=PLACES)
+def op(request, monkeypatch):
+    """Loss rows, dq of SCALE times the mean, rank, pos and neg; ``by_hand=False`` for Triton's sweep."""
+    device = "cpu" if request.param == "emulated" else "cuda"
+    if device == "cpu":
+        monkeypatch.setattr(native, "info_nce_sweep", emulated.info_nce_sweep)
+    elif reason := native.cannot_serve("info_nce", [torch.empty(1, 128, device="cuda")]):
+        pytest.skip(f"native backend on cuda: {reason}")
+
+    def run(q, k, queue, temperature, precision="high", need_dq=True, need_stats=True, by_hand=True):
+        moved = (x.to(device) for x in (q, k, queue))
+        found = launcher.info_nce(*moved, temperature, precision, need_dq, need_stats, by_hand=by_hand)
         rows, dq, *stats = (x.cpu() for x in found)
         return rows, dq * (SCALE / len(q)), *stats
 
-    if triton_device == "cuda" and info_nce_sweep.lacks(torch.empty(1, 128, device="cuda")):
-        pytest.skip("the sweep is for compute capability 9.0")
     return run
 
 
@@ -166,14 +179,13 @@ def test_precisions(op, shape, precision, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
-def test_like_triton(op, triton_device, temperature):
+def test_like_triton(op, temperature):
     """From the same operands: what differs is the order of sums, and ties that fp16 rounds either way."""
     q, k, queue = make(70, 1030, 128, queue_dtype=torch.float16)
-    moved = [x.to(triton_device) for x in (q, k, queue)]
-    rows, dq, rank, _, neg = (x.cpu() for x in launcher.info_nce(*moved, temperature, "high", True, True))
+    rows, dq, rank, _, neg = op(q, k, queue, temperature, by_hand=False)
     got_rows, got_dq, got_rank, _, got_neg = op(q, k, queue, temperature)
     assert torch.allclose(got_rows, rows, rtol=1e-5) and torch.allclose(got_neg, neg, atol=1e-7)
-    assert relative(got_dq, dq * (SCALE / len(q))) < 1e-4
+    assert relative(got_dq, dq) < 1e-4
     assert (got_rank - rank).abs().max() <= 1
 
 
@@ -256,6 +268,25 @@ def test_a_queue_of_another_dtype_is_refused(precision, dtype):
     queue = torch.empty(8, 128, dtype=dtype)
     with pytest.raises(RuntimeError, match=f"torch.float16 for precision 'high'.* got {dtype} for"):
         info_nce_sweep.check_queue(queue, precision)
+
+
+@pytest.mark.skipif(
+    native.unavailable() is not None or not native._C.has_cuda or torch.cuda.is_available(),
+    reason="wants the CUDA part of the build, and no GPU",
+)
+def test_arguments_reach_the_compiled_module(monkeypatch):
+    """Past the conversion of all arguments, where the runtime finds no GPU."""
+    monkeypatch.setattr(native, "_stream", lambda device: 0)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    q, k, queue = (x.as_subclass(OnGpu) for x in make(3, 130, 128, queue_dtype=torch.float16))
+    row = torch.zeros(1, 3)
+    with pytest.raises(RuntimeError, match=r"info_nce: cuda[A-Za-z]+: "):
+        native.info_nce_sweep(
+            q, k, queue, [row[0]] * 3, [row[..., None], row, row], 2, (1.0, 1.0, 15.0), False
+        )
 
 
 # --- the machine code ---
@@ -349,14 +380,46 @@ def test_faults_are_found(fault, tmp_path):
 # --- on a GPU ---
 
 
-@pytest.mark.gpu
-def test_native_backend_on_a_gpu(op):
+def on_request(q, k, queue):
+    """Loss and dq of the native backend."""
+    with moco_fast.use_backend("native"):
+        loss = moco_fast.info_nce(q, k, queue)
+    return loss.detach(), *torch.autograd.grad(loss, q)
+
+
+@pytest.fixture
+def headline():
+    """q, k and queue at the size of the README's tables, on the GPU."""
+    if reason := native.cannot_serve("info_nce", [torch.empty(1, 128, device="cuda")]):
+        pytest.skip(f"native backend on cuda: {reason}")
     q, k, queue = (x.cuda() for x in make(256, 65536, 128, queue_dtype=torch.float16))
-    q.requires_grad_()
-    results = []
-    for name in ("native", "triton"):
-        with moco_fast.use_backend(name):
-            loss = moco_fast.info_nce(q, k, queue)
-        results.append((loss.detach(), *torch.autograd.grad(loss, q)))
-    assert torch.allclose(results[0][0], results[1][0], rtol=1e-4)
-    assert relative(results[0][1], results[1][1]) < 1e-3
+    return q.requires_grad_(), k, queue
+
+
+@pytest.mark.gpu
+def test_through_the_public_op(headline):
+    q, k, queue = headline
+    got = on_request(q, k, queue)
+    loss = moco_fast.info_nce(q, k, queue)
+    assert torch.allclose(got[0], loss, rtol=1e-4)
+    assert relative(got[1], torch.autograd.grad(loss, q)[0]) < 1e-3
+    for _ in range(20):
+        assert all(torch.equal(*pair) for pair in zip(on_request(q, k, queue), got, strict=True))
+
+
+@pytest.mark.gpu
+def test_replayed_from_a_graph(headline):
+    q, k, queue = headline
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_request(q, k, queue)  # outside the graph: modules load on first use
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = on_request(q, k, queue)
+    with torch.no_grad():
+        q.copy_(torch.randn_like(q))
+        queue.copy_(queue.flip(0))
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(found, on_request(q, k, queue), strict=True))
