@@ -15,8 +15,8 @@ constexpr int kGroup = 128;                   // threads of a warp group
 constexpr int kThreads = 3 * kGroup;          // fetching, and two that multiply
 constexpr int kBoxBytes = 128;                // of a row in shared memory: half of its columns
 constexpr int kHalfTile = kTile * kBoxBytes;  // bytes
-constexpr int kStages = 6;                    // of which a group of two, far apart, holds up to 5
-static_assert(kStages >= 5);
+constexpr int kStages = 6;
+static_assert(kStages >= 5);    // of few queries a group holds two tiles, two apart, while it awaits the next
 constexpr int kExchanged = 40;  // values of a thread for its partner
 
 template <bool kMany>

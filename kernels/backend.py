@@ -71,7 +71,7 @@ def info_nce(
     need_dq: bool,
     need_stats: bool,
     *,
-    by_hand: bool = False,  # see kernels/info_nce.py
+    by_hand: bool | None = None,  # see kernels/info_nce.py
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.info_nce`."""
     from moco_fast.kernels.info_nce import info_nce

@@ -296,6 +296,14 @@ def _aligned(rows: Tensor) -> Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
+def _faster_by_hand(q: Tensor, queue: Tensor, precision: str) -> bool:
+    return (
+        ("few" if len(q) <= info_nce_sweep.FEW else "many") in info_nce_sweep.UNASKED
+        and info_nce_sweep.READS.get(precision) == queue.dtype
+        and native.cannot_serve("info_nce", (q, queue)) is None
+    )
+
+
 def info_nce(
     q: Tensor,  # (N, C)
     k: Tensor,  # (N, C)
@@ -305,15 +313,17 @@ def info_nce(
     need_dq: bool,
     need_stats: bool,
     tiles: Tiles | None = None,
-    by_hand: bool = False,
+    by_hand: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.info_nce`.
 
     Args:
         tiles: in place of the tables' entry.
-        by_hand: sweep with the kernel of info_nce_sweep.py, whose ``cannot_serve`` is None for these tensors,
-            and which reads a queue of the operands' dtype.
+        by_hand: sweep with the kernel of info_nce_sweep.py, which has to serve these tensors; None: if it does and
+            was measured to be faster.
     """
+    if by_hand is None:
+        by_hand = tiles is None and _faster_by_hand(q, queue, precision)
     q, k, queue = q.contiguous(), k.contiguous(), _aligned(queue.contiguous())
     n, features = q.shape
     slots, width = queue.shape

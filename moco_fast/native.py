@@ -38,8 +38,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 MULTI_TENSOR = ("ema_update_", "sgd_", "adamw_")
 ROWS = ("take_rows",)  # of any dtype: bytes are moved, not numbers
 OPS = ("info_nce", "enqueue_", *ROWS, *MULTI_TENSOR, "split_batch_norm")
-# Ops whose CUDA kernel is taken only where this backend is forced: no measurement has shown yet that it is
-# faster than Triton's.
+# Ops whose CUDA kernel this backend launches only where it is forced; kernels/info_nce_sweep.py says when
+# Triton's launcher takes it.
 ON_REQUEST = ("info_nce",)
 
 # Device types as DLPack numbers them.

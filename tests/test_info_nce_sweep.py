@@ -247,6 +247,22 @@ def test_it_has_to_be_asked_for(hopper):
         assert backends.choose("info_nce", tensors) is native
 
 
+def test_taken_unasked_where_it_was_measured_to_be_faster(op, monkeypatch):
+    """Else, or of a queue that it does not read, Triton sweeps."""
+    swept = []
+    sweep_by_hand = native.info_nce_sweep
+    monkeypatch.setattr(
+        native, "info_nce_sweep", lambda *args: swept.append(len(args[0])) or sweep_by_hand(*args)
+    )
+    monkeypatch.setattr(native, "cannot_serve", lambda op, tensors: None)
+    monkeypatch.setattr(info_nce_sweep, "UNASKED", ("many",))
+    for n, dtype in ((9, torch.float16), (70, torch.float16), (70, torch.float32)):
+        q, k, queue = make(n, 130, 128, queue_dtype=dtype)
+        op(q, k, queue, 0.2, by_hand=None)
+    op(q, k, queue.half(), 0.2, "medium", by_hand=None)
+    assert swept == [70]
+
+
 @pytest.mark.parametrize("features", [64, 100, 136])
 def test_other_widths_are_refused(hopper, features):
     with (
