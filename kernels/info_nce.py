@@ -319,8 +319,8 @@ def info_nce(
 
     Args:
         tiles: in place of the tables' entry.
-        by_hand: sweep with the kernel of info_nce_sweep.py, which has to serve these tensors; None: if it does and
-            was measured to be faster.
+        by_hand: sweep with the kernel of info_nce_sweep.py, which has to serve these tensors; None: if it
+            does and was measured to be faster.
     """
     if by_hand is None:
         by_hand = tiles is None and _faster_by_hand(q, queue, precision)
