@@ -61,8 +61,8 @@ class Sweep(ctypes.Structure):
     ]
 
 
-def build(folder, sources=SOURCES, csrc=CSRC):
-    """Compile kernels and load them; a compiler runs for each at the same time."""
+def compiled(folder, sources=SOURCES, csrc=CSRC, sanitizer=()):
+    """Compile kernels to a library; a compiler runs for each at the same time."""
     compiler = os.environ.get("CXX", "").split() or [shutil.which("g++") or shutil.which("clang++")]
     if compiler == [None] or not csrc.exists():
         pytest.skip("no C++ compiler, or no sources: the CUDA kernels were not emulated")
@@ -70,21 +70,21 @@ def build(folder, sources=SOURCES, csrc=CSRC):
     for source in (*(csrc / f"{name}_cuda.cu" for name in sources), MACHINE / "kernels.cpp"):
         objects.append(folder / f"{source.stem}.o")
         defines = [f"-DMOCO_FAST_HAS_{name.upper()}" for name in sources]
-        options = [*OPTIONS, f"-I{csrc}", "-DMOCO_FAST_EMULATED", *defines]
+        options = [*OPTIONS, *sanitizer, f"-I{csrc}", "-DMOCO_FAST_EMULATED", *defines]
         commands.append([*compiler, *options, "-x", "c++", "-c", source, "-o", objects[-1]])
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in commands]
     told = [process.communicate()[0].decode() for process in running]
     assert not any(process.returncode for process in running), "\n".join(told)
     library = folder / "kernels.so"
-    subprocess.run([*compiler, "-shared", *objects, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+    subprocess.run([*compiler, *sanitizer, "-shared", *objects, "-o", library], check=True)
+    return library
 
 
 @cache
 def library():
-    """All kernels, compiled once per run of the tests."""
+    """All kernels, compiled once per process."""
     with tempfile.TemporaryDirectory() as folder:
-        return build(Path(folder))
+        return ctypes.CDLL(compiled(Path(folder)))
 
 
 def call(name, *arguments, kernels=None, seed=0):
@@ -136,11 +136,15 @@ class MultiTensor:
         call("adamw_step", rows, len(rows), *(ctypes.byref(x) for x in numbers))
 
 
-def info_nce_sweep(q, k, queue, pairs, found, steps, numbers, online, **options):
-    """In place of ``native.info_nce_sweep``."""
+def sweep_arguments(q, k, queue, pairs, found, steps, numbers, online):
+    """Those of ``native.info_nce_sweep`` as the kernel takes them."""
     about, written = ([tensor.data_ptr() for tensor in group] for group in (pairs, found))
-    args = Sweep(
+    return Sweep(
         q.data_ptr(), k.data_ptr(), native.DTYPES[q.dtype], queue.data_ptr(), native.DTYPES[queue.dtype],
         *about, *[*written, None, None][:5], len(q), *queue.shape, len(found[0]), steps, *numbers, online,
     )  # fmt: skip
-    call("info_nce_sweep", ctypes.byref(args), **options)
+
+
+def info_nce_sweep(*args, **options):
+    """In place of ``native.info_nce_sweep``."""
+    call("info_nce_sweep", ctypes.byref(sweep_arguments(*args)), **options)

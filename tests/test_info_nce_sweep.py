@@ -1,5 +1,6 @@
 """InfoNCE with the sweep written for Hopper: its logic on an emulated GPU, its machine code, and on a GPU."""
 
+import ctypes
 import math
 import re
 import shutil
@@ -381,7 +382,7 @@ def test_faults_are_found(fault, tmp_path):
     text = kernel.read_text()
     assert text.count(right) == 1, "the kernel has changed: name the fault anew"
     kernel.write_text(text.replace(right, wrong))
-    kernels = emulated.build(tmp_path, ("info_nce_sweep",), csrc)
+    kernels = ctypes.CDLL(emulated.compiled(tmp_path, ("info_nce_sweep",), csrc))
 
     q, k, queue = make(70, 3400, 128, queue_dtype=torch.float16)
     if told:
