@@ -1,6 +1,6 @@
 """Tables and figures of studies, into a document.
 
-    for name in methods dictionary momentum shuffle; do moco-fast study $name; done
+    for name in methods dictionary momentum temperature shuffle batch-size; do moco-fast study $name; done
     python -m bench.studies --doc docs/studies.md
 
 Tests: tests/test_study.py.
