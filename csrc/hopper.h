@@ -198,6 +198,18 @@ MOCO_FAST_REGISTERS_BY_COLUMNS(Bf16, "bf16")
 #undef MOCO_FAST_OUT64
 #undef MOCO_FAST_OUT8
 
+MOCO_FAST_PTX float root_fast(float x) {
+    float y;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+MOCO_FAST_PTX float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // exp2 to 2 ulp.
 MOCO_FAST_PTX float exp2_fast(float x) {
     float y;

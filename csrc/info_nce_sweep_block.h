@@ -64,76 +64,104 @@ __device__ __forceinline__ float largest_of(float x) {
     return x;
 }
 
-// A unit row, of which every lane of a warp holds four columns, and the norm it had.
-struct UnitRow {
-    float x[4] = {0, 0, 0, 0}, norm;
+// Rows that a warp normalises at a time, so that they wait for memory and for one another's lanes together.
+constexpr int kBatch = 8;
+
+// Unit rows, of which every lane of a warp holds four columns, and the norms they had.
+struct UnitRows {
+    float x[kBatch][4], norm[kBatch];
 };
 
-__device__ __forceinline__ UnitRow unit_row(const void* rows, int64_t row, const InfoNceSweep& args) {
-    UnitRow unit;
+template <class Raw>
+__device__ __forceinline__ void load(UnitRows& rows, const void* from, int64_t first,
+                                     const InfoNceSweep& args) {
+    struct alignas(4 * sizeof(Raw)) Four {
+        Raw x[4];
+    };
     const int column = int(threadIdx.x) % 32 * 4;
-    if (row < args.n && column < args.features) {
-        cuda::with_type(args.dtype, [&](auto type) {
-            using T = decltype(type);
-            if constexpr (sizeof(T) < 8) {
-                struct alignas(4 * sizeof(T)) Four {
-                    T x[4];
-                };
-                const T* from = static_cast<const T*>(rows) + row * args.features + column;
-                const Four four = *reinterpret_cast<const Four*>(from);
+    Four loaded[kBatch];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) unit.x[i] = cuda::widen(four.x[i]);
-            }
-        });
+    for (int i = 0; i < kBatch; ++i) {
+        loaded[i] = Four{};
+        const Raw* at = static_cast<const Raw*>(from) + (first + i) * args.features + column;
+        if (first + i < args.n && column < args.features) loaded[i] = *reinterpret_cast<const Four*>(at);
     }
-    float top = 0, squares = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) top = fmaxf(top, fabsf(unit.x[i]));
-    top = largest_of<32>(top);
-    const float scale = top > 0 && top < INFINITY ? top : 1.0f;  // squares do not overflow
+    for (int i = 0; i < kBatch; ++i)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) squares += (unit.x[i] / scale) * (unit.x[i] / scale);
-    unit.norm = scale * sqrtf(sum_over<32>(squares));
-    const float divisor = unit.norm < 1e-12f ? 1e-12f : unit.norm;  // a NaN stays
-#pragma unroll
-    for (int i = 0; i < 4; ++i) unit.x[i] /= divisor;
-    return unit;
+        for (int j = 0; j < 4; ++j) rows.x[i][j] = cuda::widen(loaded[i].x[j]);
 }
 
-// Normalises the queries of a block, all warps that multiply together. Of all blocks that hold them one
-// writes what is known of them.
-template <class Type, bool kMany, bool kStats>
-__device__ __forceinline__ void prepare(Shared<kMany>& shared, const InfoNceSweep& args) {
-    constexpr int kQueries = Shared<kMany>::kQueries, kRows = kQueries / 8;
-    const int warp = (int(threadIdx.x) - kGroup) / 32, lane = int(threadIdx.x) % 32;
-    const bool writes = blockIdx.y == 0;
-#pragma unroll 4
-    for (int i = 0; i < kRows; ++i) {
-        const int here = warp * kRows + i;
-        const int64_t row = int64_t(blockIdx.x) * kQueries + here;
-        const UnitRow q = unit_row(args.q, row, args);
-        // Swizzled as matrix_at() has it: 16 lanes write half of the row, two of them 16 bytes.
-        const int at = here * kBoxBytes + ((lane % 16 / 2) ^ (here % 8)) * 16 + lane % 2 * 8;
-        const uint2 rounded = {Type::pair(q.x[0], q.x[1]), Type::pair(q.x[2], q.x[3])};
-        *reinterpret_cast<uint2*>(shared.q[lane / 16] + at) = rounded;
-        if (kStats || writes) {
-            const UnitRow k = unit_row(args.k, row, args);
-            float pos = 0;
+// No branches and no divisions by element: row after row would wait.
+__device__ __forceinline__ void normalise(UnitRows& rows) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) pos += q.x[j] * k.x[j];
-            pos = sum_over<32>(pos);
-            if (lane == 0) {
-                shared.pos[here] = pos;
-                if (writes && row < args.n) {
-                    args.q_norm[row] = q.norm;
-                    args.k_norm[row] = k.norm;
-                    args.pos[row] = pos;
-                }
+    for (int i = 0; i < kBatch; ++i) {
+        float (&x)[4] = rows.x[i];
+        const float top =
+            largest_of<32>(fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3]))));
+        // By an exact power of two, where squares would leave the range of fp32.
+        const bool large = top > 0x1p60f && top < INFINITY, small = top < 0x1p-50f;
+        const float up = large ? 0x1p-70f : small ? 0x1p100f : 1.0f;
+        const float down = large ? 0x1p70f : small ? 0x1p-100f : 1.0f;
+        float squares = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) squares += (x[j] * up) * (x[j] * up);
+        const float norm = root_fast(sum_over<32>(squares)) * down;
+        const float inverse = reciprocal_fast(norm < 1e-12f ? 1e-12f : norm);  // a NaN stays
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[j] *= inverse;
+        rows.norm[i] = norm;
+    }
+}
+
+// Normalises the queries of a block, all warps that multiply together. What is known of them is written by
+// one of the blocks that hold them, another for every batch of rows.
+template <class Type, class Raw, bool kMany, bool kStats>
+__device__ __forceinline__ void prepare(Shared<kMany>& shared, const InfoNceSweep& args) {
+    constexpr int kQueries = Shared<kMany>::kQueries;
+    const int lane = int(threadIdx.x) % 32;
+    for (int batch = (int(threadIdx.x) - kGroup) / 32 * (kQueries / 64), end = batch + kQueries / 64;
+         batch < end; ++batch) {
+        const int64_t first = int64_t(blockIdx.x) * kQueries + batch * kBatch;
+        const bool writes = batch % int(gridDim.y) == int(blockIdx.y);
+        UnitRows q, k;
+        load<Raw>(q, args.q, first, args);
+        if (kStats || writes) load<Raw>(k, args.k, first, args);
+        normalise(q);
+        // Swizzled as matrix_at() has it: 16 lanes write half of a row, two of them 16 bytes.
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int at = (batch * kBatch + i) * kBoxBytes + ((lane % 16 / 2) ^ i) * 16 + lane % 2 * 8;
+            const uint2 rounded = {Type::pair(q.x[i][0], q.x[i][1]), Type::pair(q.x[i][2], q.x[i][3])};
+            *reinterpret_cast<uint2*>(shared.q[lane / 16] + at) = rounded;
+        }
+        if (kStats || writes) {
+            normalise(k);
+            float own = 0, q_norm = 0, k_norm = 0;  // the first lanes write a row's each
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                float pos = 0;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) pos += q.x[i][j] * k.x[i][j];
+                pos = sum_over<32>(pos);
+                own = lane == i ? pos : own;
+                q_norm = lane == i ? q.norm[i] : q_norm;
+                k_norm = lane == i ? k.norm[i] : k_norm;
+            }
+            if (lane < kBatch) shared.pos[batch * kBatch + lane] = own;
+            if (writes && lane < kBatch && first + lane < args.n) {
+                args.q_norm[first + lane] = q_norm;
+                args.k_norm[first + lane] = k_norm;
+                args.pos[first + lane] = own;
             }
         }
     }
     publish_writes();
-    sync_warps(3, 2 * kGroup);
+    // Of many queries a group reads those that its own warps wrote.
+    if constexpr (kMany)
+        sync_warps(2 + int(threadIdx.x) / kGroup, kGroup);
+    else
+        sync_warps(3, 2 * kGroup);
 }
 
 }  // namespace

@@ -313,7 +313,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
     } else {
         take_registers<240>();
-        prepare<Type, kMany, kStats>(shared, args);
+        cuda::with_type(args.dtype, [&](auto raw) {
+            if constexpr (sizeof raw < 8) prepare<Type, decltype(raw), kMany, kStats>(shared, args);
+        });
         const int here = (kMany ? group * 64 : 0) + thread % kGroup / 32 * 16 + thread % 32 / 4;
         const float pos[2] = {shared.pos[here], shared.pos[here + 8]};
         Found found;

@@ -298,7 +298,8 @@ def _aligned(rows: Tensor) -> Tensor:
 
 def _faster_by_hand(q: Tensor, queue: Tensor, precision: str) -> bool:
     return (
-        ("few" if len(q) <= info_nce_sweep.FEW else "many") in info_nce_sweep.UNASKED
+        q.is_cuda
+        and ("few" if len(q) <= info_nce_sweep.FEW else "many") in info_nce_sweep.UNASKED
         and info_nce_sweep.READS.get(precision) == queue.dtype
         and native.cannot_serve("info_nce", (q, queue)) is None
     )

@@ -59,8 +59,10 @@ def place(request, monkeypatch):
     """A backend and the device it runs on; skips, by name, what is not built or installed."""
     name, device = request.param
     if device == "emulated":
+        if reason := native.unavailable():
+            pytest.skip(f"native backend, emulated: {reason}")
         emulated.library()  # or skips
-        monkeypatch.setattr(native, "_C", emulated.MultiTensor)
+        monkeypatch.setattr(native, "_C", emulated.MultiTensor(native._C))
         monkeypatch.setattr(native, "_READS_TENSORS", False)
         return name, "cpu"
     module = backends.BACKENDS[name]

@@ -107,6 +107,12 @@ def call(name, *arguments, kernels=None, seed=0):
 class MultiTensor:
     """In place of the compiled module ``native._C``: its functions over lists of tensors, emulated."""
 
+    def __init__(self, others):
+        self._others = others
+
+    def __getattr__(self, name):
+        return getattr(self._others, name)
+
     @staticmethod
     def Rows(addresses, sizes, dtypes, *_device):
         table = (TensorRow * len(sizes))()

@@ -1,17 +1,11 @@
-"""InfoNCE with the sweep written for Hopper: its logic on an emulated GPU, its machine code, and on a GPU."""
+"""InfoNCE with the sweep written for Hopper: its logic on an emulated GPU, and all of it on a GPU."""
 
-import ctypes
 import math
-import re
-import shutil
-import subprocess
-from types import SimpleNamespace
 
 import emulated
 import pytest
 import torch
 from test_info_nce import SCALE, make, official, relative
-from test_multi_tensor_cuda import find
 from torch.nn import functional as F
 
 import moco_fast
@@ -190,6 +184,14 @@ def test_like_triton(op, temperature):
     assert (got_rank - rank).abs().max() <= 1
 
 
+def test_the_faster_sweep_is_taken(op, monkeypatch):
+    q, k, queue = make(9, 130, 128, queue_dtype=torch.float16)
+    for faster in (False, True):
+        monkeypatch.setattr(launcher, "_faster_by_hand", lambda *args, faster=faster: faster)
+        got, want = op(q, k, queue, 0.2, by_hand=None), op(q, k, queue, 0.2, by_hand=faster)
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
 def test_long_rows_of_the_queue_take_the_running_maximum(op):
     """With the fixed shift their exponentials are infinite."""
     q, k, queue = make(40, 520, 128)
@@ -228,10 +230,16 @@ def test_every_output_is_written(op, need_dq, need_stats, monkeypatch):
 # --- which calls it serves ---
 
 
-def rows_on_gpu(features):
-    return SimpleNamespace(
-        is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float32, ndim=2, shape=(10, features)
-    )
+class RowsOnGpu:
+    """As much of a CUDA tensor of rows as is looked at before a kernel runs."""
+
+    is_cuda, device, ndim = True, torch.device("cuda", 0), 2
+
+    def __init__(self, features, n=10, dtype=torch.float32):
+        self.shape, self.dtype = (n, features), dtype
+
+    def __len__(self):
+        return self.shape[0]
 
 
 @pytest.fixture
@@ -242,26 +250,25 @@ def hopper(monkeypatch):
 
 
 def test_it_has_to_be_asked_for(hopper):
-    tensors = [rows_on_gpu(128)] * 3
+    tensors = [RowsOnGpu(128)] * 3
     assert backends.choose("info_nce", tensors) is backends.triton
     with moco_fast.use_backend("native"):
         assert backends.choose("info_nce", tensors) is native
 
 
-def test_taken_unasked_where_it_was_measured_to_be_faster(op, monkeypatch):
-    """Else, or of a queue that it does not read, Triton sweeps."""
-    swept = []
-    sweep_by_hand = native.info_nce_sweep
-    monkeypatch.setattr(
-        native, "info_nce_sweep", lambda *args: swept.append(len(args[0])) or sweep_by_hand(*args)
-    )
-    monkeypatch.setattr(native, "cannot_serve", lambda op, tensors: None)
+def test_taken_unasked_where_it_was_measured_to_be_faster(hopper, monkeypatch):
+    """And not of a queue that it does not read, of another width, or on a CPU."""
+
+    def taken(n, dtype=torch.float16, precision="high", features=128):
+        q, queue = RowsOnGpu(features, n), RowsOnGpu(features, dtype=dtype)
+        return launcher._faster_by_hand(q, queue, precision)
+
+    assert not taken(9) and not taken(70)
     monkeypatch.setattr(info_nce_sweep, "UNASKED", ("many",))
-    for n, dtype in ((9, torch.float16), (70, torch.float16), (70, torch.float32)):
-        q, k, queue = make(n, 130, 128, queue_dtype=dtype)
-        op(q, k, queue, 0.2, by_hand=None)
-    op(q, k, queue.half(), 0.2, "medium", by_hand=None)
-    assert swept == [70]
+    assert taken(70) and not taken(64)
+    assert not taken(70, torch.float32) and not taken(70, precision="medium") and not taken(70, features=64)
+    q, _, on_cpu = make(70, 130, 128, queue_dtype=torch.float16)
+    assert not launcher._faster_by_hand(q, on_cpu, "high")
 
 
 @pytest.mark.parametrize("features", [64, 100, 136])
@@ -270,12 +277,12 @@ def test_other_widths_are_refused(hopper, features):
         moco_fast.use_backend("native"),
         pytest.raises(RuntimeError, match=f"takes a multiple of 8 from 72 to 128 features, got {features}"),
     ):
-        backends.choose("info_nce", [rows_on_gpu(features)])
+        backends.choose("info_nce", [RowsOnGpu(features)])
 
 
 def test_other_gpus_are_refused(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
-    assert "compute capability 9.0, cuda:0 has 10.0" in native.cannot_serve("info_nce", [rows_on_gpu(128)])
+    assert "compute capability 9.0, cuda:0 has 10.0" in native.cannot_serve("info_nce", [RowsOnGpu(128)])
 
 
 @pytest.mark.parametrize(
@@ -304,94 +311,6 @@ def test_arguments_reach_the_compiled_module(monkeypatch):
         native.info_nce_sweep(
             q, k, queue, [row[0]] * 3, [row[..., None], row, row], 2, (1.0, 1.0, 15.0), False
         )
-
-
-# --- the machine code ---
-
-
-@pytest.mark.skipif(not emulated.CSRC.exists(), reason="an installed wheel has no sources")
-def test_no_spills_and_no_product_waits_for_another(tmp_path):
-    nvcc, cuobjdump = find("nvcc"), find("cuobjdump")
-    made = tmp_path / "sweep.o"
-    target = "-gencode=arch=compute_90a,code=sm_90a"
-    source = emulated.CSRC / "info_nce_sweep_cuda.cu"
-    done = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", target, "-Xptxas=-v", "-c", source, "-o", made],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    usage = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
-    )
-    assert len(usage) == 8 and set(usage) == {("0", "0", "0")}, done.stderr
-    assert "wgmma" not in done.stderr, "ptxas says that it serialises products"
-    sass = subprocess.run([cuobjdump, "-sass", made], capture_output=True, text=True, check=True).stdout
-    kernels = sass.split("Function : ")[1:]
-    assert len(kernels) == 8
-    for code in kernels:
-        fetching = code.split("USETMAXREG.DEALLOC")[1].split("EXIT", 1)[0]
-        assert not re.search(r"\b(LDL|STL)\b", code)
-        # ptxas leaves the exponentials beside the products that they do not need, in both walks.
-        beside = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.DOTALL)
-        assert [part.count("MUFU.EX2") >= 64 for part in beside] == [True, True]
-        # Two walks, each with a first, a repeated and a last step: 8 + 16 + 8 products, begun once a step.
-        assert len(re.findall(r"\bHGMMA\.64x128x16", code)) == 64
-        assert len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code)) == 6
-        assert "UTMALDG.2D" in fetching
-        assert max(map(int, re.findall(r"\bR(\d+)\b", fetching))) < 24  # what setmaxnreg leaves it
-
-
-# --- the emulator sees what it is for ---
-
-# What is wrong, the place in the kernel and what stands there then, and what is told; None: wrong sums.
-FAULTS = {
-    "a tile is freed before it was read": (
-        "            wait_products<0>();\n            written_by_products(found.sums);\n            release",
-        "            written_by_products(found.sums);\n            release",
-        None,
-    ),
-    "a tile is never freed": (
-        "            release(ring, before);\n            if constexpr",
-        "            if constexpr",
-        "deadlock",
-    ),
-    "sums of a partner are read before they are there": (
-        "sync_cluster();\n        partner",
-        "partner",
-        "threads expect different numbers",
-    ),
-    "a block ends before its partner has read": (
-        "        if constexpr (kMany) arrive_cluster();\n",
-        "",
-        "without having arrived",
-    ),
-    "exponentials are rounded into registers under way": (
-        "            await(tile + step);\n            wait_products<0>();",
-        "            round_exponentials();\n            await(tile + step);\n            wait_products<0>();",
-        None,
-    ),
-}
-
-
-@pytest.mark.skipif(not emulated.CSRC.exists(), reason="an installed wheel has no sources")
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found(fault, tmp_path):
-    csrc = shutil.copytree(emulated.CSRC, tmp_path / "csrc")
-    kernel = csrc / "info_nce_sweep_kernel.h"
-    right, wrong, told = FAULTS[fault]
-    text = kernel.read_text()
-    assert text.count(right) == 1, "the kernel has changed: name the fault anew"
-    kernel.write_text(text.replace(right, wrong))
-    kernels = ctypes.CDLL(emulated.compiled(tmp_path, ("info_nce_sweep",), csrc))
-
-    q, k, queue = make(70, 3400, 128, queue_dtype=torch.float16)
-    if told:
-        with pytest.raises(RuntimeError, match=told):
-            sweep(q, k, queue, 0.2, 1, 27, kernels=kernels)
-        return
-    *_, sums, _, shifts, _, _ = sweep(q, k, queue, 0.2, 1, 27, kernels=kernels)
-    want = torch.exp(F.normalize(q.double(), dim=1) @ queue.double().t() / 0.2) @ queue.double()
-    assert not relative((sums * torch.exp2(shifts.double())[:, :, None]).sum(0), want) < 1e-2
 
 
 # --- on a GPU ---

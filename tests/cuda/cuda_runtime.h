@@ -21,6 +21,7 @@
 
 #define threadIdx (::emulated::self().index)
 #define blockIdx (::emulated::self().block->index)
+inline emulated::Index& gridDim = emulated::machine().grid;
 
 // --- functions of the device ---
 

@@ -156,24 +156,18 @@ void take_registers() {
 
 // --- products ---
 
-struct F16 {
-    static float read(uint16_t bits) { return to_float(f16_t{bits}); }
+template <class T>
+struct Operand {
+    static float read(uint16_t bits) { return to_float(T{bits}); }
     static uint32_t pair(float low, float high) {
-        f16_t l, h;
+        T l, h;
         from_float(low, l);
         from_float(high, h);
         return uint32_t(h.bits) << 16 | l.bits;
     }
 };
-struct Bf16 {
-    static float read(uint16_t bits) { return to_float(bf16_t{bits}); }
-    static uint32_t pair(float low, float high) {
-        bf16_t l, h;
-        from_float(low, l);
-        from_float(high, h);
-        return uint32_t(h.bits) << 16 | l.bits;
-    }
-};
+using F16 = Operand<f16_t>;
+using Bf16 = Operand<bf16_t>;
 
 // A matrix in shared memory, of rows of 128 bytes: element (row, column).
 struct Matrix {
@@ -292,6 +286,8 @@ void wait_products() {
 
 inline void written_by_products(float (&)[64]) {}
 
+inline float root_fast(float x) { return std::sqrt(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 }  // namespace moco_fast::hopper

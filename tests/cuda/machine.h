@@ -105,6 +105,7 @@ struct Machine {
     Thread* current = nullptr;
     ucontext_t scheduler;
     std::vector<std::function<void()>> copies;  // under way
+    Index grid;
     std::function<void()> body;
     std::exception_ptr failure;
     std::vector<std::unique_ptr<char[]>> stacks;
@@ -200,6 +201,7 @@ inline void run_cluster(Cluster& cluster, std::vector<Thread>& threads) {
 inline void run(Index grid, int block_size, Index cluster_size, std::size_t shared_bytes,
                 std::function<void()> body) {
     Machine& m = machine();
+    m.grid = grid;
     m.body = std::move(body);
     m.failure = nullptr;
     m.copies.clear();
