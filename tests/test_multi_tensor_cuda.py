@@ -11,11 +11,10 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
+from emulated import CSRC
 
-import moco_fast
 from moco_fast import native
 
-CSRC = Path(moco_fast.__file__).parent.parent / "csrc"
 SOURCES = sorted(p.name for p in CSRC.glob("*.cu") if "multi_tensor_cuda.h" in p.read_text())
 ARCHITECTURES = ("sm_80", "sm_90a")
 
