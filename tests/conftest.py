@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import emulated
+import machines
 
 from moco_fast import backends, native
 from moco_fast.kernels import backend as triton
@@ -161,6 +162,8 @@ def pytest_terminal_summary(terminalreporter):
         missing.append(f"Triton kernels ({reason})")
     elif triton.interpreted() and (reason := interpreter_fault()):
         missing.append(f"the results of Triton kernels ({reason})")
+    if reason := machines.unavailable():
+        missing.append(f"several machines ({reason})")
     if not torch.cuda.is_available():
         reports = terminalreporter.getreports("skipped")
         skipped = [r for r in reports if "gpu" in getattr(r, "keywords", ())]  # a skipped module has none

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moco_fast import distributed
+from moco_fast.train.heartbeat import STORE_GONE, Heartbeat, died, silent
 
 T = TypeVar("T")
 
@@ -59,7 +61,8 @@ def local_rank() -> int:
 def joined(device: str) -> Iterator[None]:
     """Be one of the processes that torchrun started, on a device of the given name.
 
-    NCCL's group if that is a GPU, else gloo's. No effect if a group exists already.
+    NCCL's group if that is a GPU, else gloo's. No effect if a group exists already. Nothing can call
+    back a process from waiting for a machine that fell silent: it is ended, with word of who is gone.
 
     Raises:
         PeerFailedError: another process died or failed meanwhile.
@@ -81,6 +84,8 @@ def joined(device: str) -> Iterator[None]:
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=size, timeout=distributed.PATIENCE
     )
+    heartbeat = Heartbeat(_store, rank, size, lambda who: _leave(who, rank, size))
+    heartbeat.start()
     try:
         distributed.largest(0)  # nobody leaves, be it for an error, while others still connect
         yield
@@ -98,6 +103,7 @@ def joined(device: str) -> Iterator[None]:
     else:
         dist.destroy_process_group()
     finally:
+        heartbeat.stop()
         _store = None
 
 
@@ -142,22 +148,30 @@ def _say(key: str, what: str) -> None:
         _store.set(key, what)
 
 
+def _leave(who: str, rank: int, size: int) -> None:
+    """End this process, whose main thread waits for others that are gone."""
+    print(f"moco-fast: {who}; this was rank {rank} of {size}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def _culprits(size: int) -> str:
     """Who failed: ranks that do not say that they are there, or whose error was their own."""
     deadline = time.monotonic() + NOTICE_SECONDS
     said: dict[int, str] = {}
     try:
+        if gone := silent(_store):  # those who found it out have left
+            return gone
         while len(said) < size and time.monotonic() < deadline:
             for rank in set(range(size)) - said.keys():
                 if _store.check([_ENDED + str(rank)]):
                     said[rank] = _store.get(_ENDED + str(rank)).decode()
             time.sleep(0.1)
     except (RuntimeError, OSError):
-        return "the store that ranks meet at is gone, and with it the machine that held it"
-    silent = sorted(set(range(size)) - said.keys())
+        return STORE_GONE
+    unheard = sorted(set(range(size)) - said.keys())
     own = {rank: why for rank, why in sorted(said.items()) if why != _LOST}
     if own:
         return "; ".join(f"rank {rank} failed ({why})" for rank, why in own.items())
-    if silent:
-        return f"{distributed.name_ranks(silent)} died or stopped answering"
+    if unheard:
+        return died(unheard)
     return ""

@@ -1,0 +1,79 @@
+"""The trainer on several machines, which are network namespaces: as one, and when a cable is cut."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import test_train_processes
+from machines import machines, unavailable
+from test_train_processes import assert_equal_losses, assert_equal_states, finish, losses, options
+
+from moco_fast.train import checkpoint
+
+if reason := unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+# The trainer, with a heartbeat of 2 seconds instead of 40.
+PROGRAM = """
+import sys
+from moco_fast import cli
+from moco_fast.train import heartbeat
+heartbeat.INTERVAL = 0.2
+sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
+"""
+
+
+def torchrun(made, program, *arguments, per_machine):
+    """docs/distributed.md's command for several machines, on each."""
+    started = []
+    for i, machine in enumerate(made):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(made)),
+            "--nproc-per-node", str(per_machine), "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", f"{made[0].address}:29500", "--rdzv-id", "run1",
+            # What host names tell of machines that have one each.
+            "--rdzv-conf", f"is_host={i == 0}", "--local-addr", machine.address, *program, *arguments,
+        ]  # fmt: skip
+        started.append(machine.start(command, GOMP_SPINCOUNT="2000", PYTHONUNBUFFERED="1"))
+    return started
+
+
+def test_two_machines_train_as_one_with_as_many_processes(tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    finish(test_train_processes.torchrun(4, alone, *options()))
+    with machines(2) as made:
+        program = ("-m", "moco_fast.cli", "pretrain")
+        started = torchrun(made, program, *options(), "--out", str(shared), per_machine=2)
+        said = [finish(process) for process in started]
+    assert [text.count("Run folder:") for text in said] == [1, 0]  # rank 0 alone speaks
+    assert_equal_losses(losses(shared), losses(alone), 0)
+    assert_equal_states(shared, alone)
+
+
+def test_a_machine_that_is_cut_off_is_named_on_the_others(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    config = ("--epochs", "1000", "--out", str(tmp_path / "run"))
+    with machines(2) as made:
+        started = torchrun(made, (str(program),), *options(), *config, per_machine=2)
+        try:
+            while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses(tmp_path / "run")) < 5:
+                assert started[0].poll() is None, finish(started[0], status=None)
+                time.sleep(0.02)
+            made[1].cut_off()
+            cut = time.monotonic()
+            said = finish(started[0], status=1)
+            seconds = time.monotonic() - cut
+            time.sleep(3)
+        finally:
+            for process in started:
+                process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
+        elsewhere = finish(started[1], status=None)
+    for rank in range(2):
+        assert f"ranks 2, 3 died or stopped answering; this was rank {rank} of 4" in said, said
+    for rank in (2, 3):
+        assert f"does not answer; this was rank {rank} of 4" in elsewhere, elsewhere
+    assert seconds < 20
+    assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] >= 3
