@@ -5,6 +5,9 @@ official scheme (all images and keys gathered everywhere, the order and the queu
 with its all_gather peer. Bytes are those of tensors that arrive at a rank, counted by a process group that
 wraps gloo; gradients, which are the same for all, are left out. Times take turns, and are those of the
 slowest rank.
+
+With ``--gbit 1`` each process is on a machine of its own behind a cable of 1 Gb/s (``bench.machines``), and
+what a step saves is held against what its bytes alone should take there.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,7 +32,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import moco_fast
-from bench import counting_group, device, measure, ranks_plot, report
+from bench import counting_group, device, machines, measure, ranks_plot, report
 from bench.eager_moco import EagerDistributedMoCo
 from moco_fast import distributed
 from moco_fast.models.backbones import SMALL_RESNET, backbone
@@ -65,8 +69,10 @@ class Step:
         self.optimizer.step()
 
 
-def _rank(rank: int, world: int, folder: str, rounds: int, slots: int) -> None:
+def _rank(rank: int, world: int, folder: str, rounds: int, slots: int, names: list[str]) -> None:
     torch.set_num_threads(1)
+    if names:
+        machines.move_to(names[rank])
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     counting_group.register()
     dist.init_process_group(
@@ -93,10 +99,14 @@ def _rank(rank: int, world: int, folder: str, rounds: int, slots: int) -> None:
     dist.destroy_process_group()
 
 
-def measure_world(world: int, rounds: int = ROUNDS, slots: int = SLOTS) -> list[dict]:
+def measure_world(
+    world: int, rounds: int = ROUNDS, slots: int = SLOTS, gbit: float | None = None
+) -> list[dict]:
     """Bytes per rank and step, and milliseconds per step, of every way on ``world`` processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, folder, rounds, slots), nprocs=world)
+    apart = machines.machines(world, gbit) if gbit else nullcontext([])
+    with tempfile.TemporaryDirectory() as folder, apart as made:
+        names = [machine.name for machine in made]
+        mp.spawn(_rank, (world, folder, rounds, slots, names), nprocs=world)
         found = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world)]
     ways = []
     for name in WAYS:
@@ -106,7 +116,14 @@ def measure_world(world: int, rounds: int = ROUNDS, slots: int = SLOTS) -> list[
     return ways
 
 
-def table(results: dict[int, list[dict]]) -> Table:
+def least_ms(world: int, way: dict, gbit: float) -> float:
+    """What the bytes of a step take at this speed, as in ``bench.cost_model`` without latency."""
+    # No rank but the first lacks a share of a broadcast, so the mean over ranks is too small.
+    shares = {"all_to_all": 1, "all_gather": 1, "broadcast": world / (world - 1)}
+    return sum(way["received"][kind] * share for kind, share in shares.items()) * 8e-6 / gbit
+
+
+def table(results: dict[int, list[dict]], gbit: float | None = None) -> Table:
     """One row per number of processes and way."""
     shown = Table(box=box.SIMPLE_HEAD)
     columns = [
@@ -116,12 +133,18 @@ def table(results: dict[int, list[dict]]) -> Table:
         "of official",
         "p20 / p50 / p80 of a step",
         "vs official",
+        *(("saved", "by bytes alone") if gbit else ()),
     ]
     for i, column in enumerate(columns):
         shown.add_column(column, justify="left" if i == 1 else "right", no_wrap=True)
     for world, ways in results.items():
         official = ways[WAYS.index(OFFICIAL)]
         for way in ways:
+            saved = []
+            if gbit:
+                measured = official["p50_ms"] - way["p50_ms"]
+                expected = least_ms(world, official, gbit) - least_ms(world, way, gbit)
+                saved = [f"{report.digits(ms)} ms" for ms in (measured, expected)]
             shown.add_row(
                 str(world),
                 way["name"],
@@ -129,6 +152,7 @@ def table(results: dict[int, list[dict]]) -> Table:
                 f"{sum(way['received'].values()) / sum(official['received'].values()):.2%}",
                 report.duration(way["p20_ms"], way["p50_ms"], way["p80_ms"]),
                 f"{official['p50_ms'] / way['p50_ms']:.2f}x",
+                *saved,
                 style="bold green" if way["name"] == OURS else None,
             )
     return shown
@@ -139,32 +163,41 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ranks", description=__doc__.split("\n")[0])
     report.add_options(parser)
     parser.add_argument("--doc", type=Path, help="document whose table is replaced")
+    parser.add_argument("--gbit", type=float, help="Gb/s of the cables between machines; needs root")
     options = parser.parse_args(arguments)
+    gbit, section = options.gbit, "cables" if options.gbit else "ranks"
     if options.doc:
-        report.check_section(options.doc, "ranks")
+        report.check_section(options.doc, section)
+    if gbit and (reason := machines.unavailable()):
+        parser.error(f"--gbit needs machines: {reason}")
     console = Console()
     if not console.is_terminal:
-        console.width = 140  # of a log, where nothing limits a table
+        console.width = 180  # of a log, where nothing limits a table
     about = device.describe(1, torch.device("cpu"))
     worlds, rounds = (QUICK_WORLDS, QUICK_ROUNDS) if options.quick else (WORLDS, ROUNDS)
+    place = f"on a machine of its own behind a cable of {gbit:g} Gb/s" if gbit else "on the same machine"
     slots = 256 if options.quick else SLOTS
     results = {
-        world: measure_world(world, rounds, slots)
+        world: measure_world(world, rounds, slots, gbit)
         for world in track(worlds, "processes", console=console, disable=not console.is_terminal)
     }
     note = (
         f"{about['processor']}, {os.cpu_count()} cores in all; torch {about['torch']}; {about['date'][:10]}. "
-        f"A process has {BATCH} images {CHANNELS}x{PIXELS}x{PIXELS} in fp32, K={slots}, C={DIM}. KB are what "
-        "arrives at a rank in a step, gradients left out; times those of the slowest rank."
+        f"Each process is {place} and has {BATCH} images {CHANNELS}x{PIXELS}x{PIXELS} in fp32, K={slots}, "
+        f"C={DIM}. KB are what arrives at a rank in a step, gradients left out; times those of the slowest "
+        "rank."
     )
     console.print(note, highlight=False)
-    console.print(table(results))
+    console.print(table(results, gbit))
     if options.doc:
-        report.write_section(options.doc, f"\n{note}\n\n{report.markdown_table(table(results))}\n", "ranks")
-    base = report.folder(options) / f"{about['name']}-ranks"
+        report.write_section(
+            options.doc, f"\n{note}\n\n{report.markdown_table(table(results, gbit))}\n", section
+        )
+    base = report.folder(options) / f"{about['name']}-{section}"
     figures = {
         "device": about,
         "quick": options.quick,
+        "gbit": gbit,
         "worlds": {str(w): ways for w, ways in results.items()},
     }
     report.write_json(base.with_suffix(".json"), figures)

@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from bench import report
+
 COLOURS = ("#8a8f98", "#d98c3f", "#1b7f5c")
 
 
@@ -28,7 +30,7 @@ def plot(path: Path, figures: dict) -> None:
             (left, left.bar(places, megabytes, width, color=colour, label=name)),
             (right, right.bar(places, middle, width, yerr=(low, high), color=colour, ecolor="#444")),
         ):
-            axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+            axes.bar_label(bars, fmt=report.digits, fontsize=8, padding=2)
     left.set_yscale("log")
     left.set_ylabel("MB that arrive at a rank")
     right.set_ylabel("ms per step")
@@ -38,8 +40,9 @@ def plot(path: Path, figures: dict) -> None:
         axes.margins(y=0.15)
     figure.legend(loc="outside lower center", ncols=len(names), frameon=False)
     about = figures["device"]
+    cables = f", {figures['gbit']:g} Gb/s between any two" if figures["gbit"] else ""
     figure.suptitle(
-        f"A step over processes   {about['processor']}, torch {about['torch']}, {about['date'][:10]}",
+        f"A step over processes{cables}   {about['processor']}, torch {about['torch']}, {about['date'][:10]}",
         x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
     figure.savefig(path, dpi=130)

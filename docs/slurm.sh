@@ -1,5 +1,5 @@
 #!/bin/bash
-#SBATCH --job-name=moco
+#SBATCH --job-name=moco-v2
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -7,18 +7,21 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-# MoCo v2 on 4 machines of 8 GPUs: sbatch docs/slurm.sh. Two minutes before the time is up every process gets SIGTERM, saves
-# after the same step and ends; submitted again, the job goes on from there.
+# On 4 machines of 8 GPUs, into runs/ of the job's name on a file system that all machines share:
+#
+#   sbatch docs/slurm.sh --preset moco-v2 --data imagenet/ --batch-size 1024
+#
+# Two minutes before the time is up every process gets SIGTERM, saves after the same step and ends. Submitted again,
+# the job goes on from there; submitted several times with "sbatch --dependency=singleton", one after another.
 
-export OUT=runs/v2 # on a file system that all machines share
+OUT=runs/$SLURM_JOB_NAME
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
 if [ -e "$OUT/checkpoint.pth" ]; then
-    RUN="--resume $OUT"
+    set -- --resume "$OUT"
 else
-    RUN="--out $OUT --preset moco-v2 --data imagenet/ --batch-size 1024"
+    set -- --out "$OUT" "$@"
 fi
-
-# shellcheck disable=SC2086 # RUN is several words
-srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 \
+srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:29500" --rdzv-id "$SLURM_JOB_ID" \
-    -m moco_fast.cli pretrain $RUN
+    -m moco_fast.cli pretrain "$@"

@@ -14,7 +14,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import emulated
-import machines
 
 from moco_fast import backends, native
 from moco_fast.kernels import backend as triton
@@ -162,6 +161,8 @@ def pytest_terminal_summary(terminalreporter):
         missing.append(f"Triton kernels ({reason})")
     elif triton.interpreted() and (reason := interpreter_fault()):
         missing.append(f"the results of Triton kernels ({reason})")
+    from bench import machines
+
     if reason := machines.unavailable():
         missing.append(f"several machines ({reason})")
     if not torch.cuda.is_available():

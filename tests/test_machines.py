@@ -7,9 +7,10 @@ import time
 
 import pytest
 import test_train_processes
-from machines import machines, unavailable
 from test_train_processes import assert_equal_losses, assert_equal_states, finish, losses, options
 
+from bench import ranks
+from bench.machines import machines, unavailable
 from moco_fast.train import checkpoint
 
 if reason := unavailable():
@@ -77,3 +78,11 @@ def test_a_machine_that_is_cut_off_is_named_on_the_others(tmp_path):
         assert f"does not answer; this was rank {rank} of 4" in elsewhere, elsewhere
     assert seconds < 20
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] >= 3
+
+
+def test_the_benchmark_of_ranks_behind_cables(tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("<!-- cables:begin -->\n<!-- cables:end -->\n")
+    ranks.main(["--quick", "--gbit", "1", "--out", str(tmp_path), "--doc", str(document)])
+    assert "behind a cable of 1 Gb/s" in document.read_text() and "| by bytes alone |" in document.read_text()
+    assert len(list(tmp_path.glob("*-cables.png"))) == 1

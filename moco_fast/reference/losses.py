@@ -34,11 +34,11 @@ def through_norm(
 
 def _cross_entropy(
     positive: Tensor,  # (...) logit of the positive
-    negatives: Tensor,  # (..., K) logits of the negatives, -inf for none
+    negatives: Tensor,  # (..., K) logits of the negatives, -inf for none; overwritten
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (...), exps (..., K) and total (...), whose ratio is p of the negatives, and 1 - p_0 (...)."""
     top = torch.maximum(negatives.amax(dim=-1), positive)
-    exps = torch.exp(negatives - top[..., None])
+    exps = negatives.sub_(top[..., None]).exp_()
     rest, e = exps.sum(dim=-1), torch.exp(positive - top)
     # log1p keeps the digits of a loss near zero, where the positive dominates.
     loss = torch.where(e == 1, torch.log1p(rest), torch.log(rest + e) + top - positive)
@@ -77,15 +77,15 @@ def info_nce(
     similarities = q_hat @ rows.t()  # (N, K)
     neg = similarities.mean(dim=1)
     stats = slice(None if need_stats else 0)
-    rank = (similarities > pos[:, None]).sum(dim=1)[stats]
+    rank = (similarities[stats] > pos[stats, None]).sum(dim=1)
 
-    loss, exps, total, miss = _cross_entropy(pos / temperature, similarities / temperature)
+    loss, exps, total, miss = _cross_entropy(pos / temperature, similarities.div_(temperature))
     # exp(-inf) = 0 would swallow a queue row with an infinite feature; its mean similarity does not.
     loss = loss + 0 * neg
 
     if not need_dq:
         return loss, q.new_empty((0, q.shape[1]), dtype=dtype), rank, pos[stats], neg[stats]
-    dq_hat = ((exps / total[:, None]) @ rows - miss[:, None] * k_hat) / temperature
+    dq_hat = (exps @ rows / total[:, None] - miss[:, None] * k_hat) / temperature
     return loss, through_norm(dq_hat, q_hat, norm), rank, pos[stats], neg[stats]
 
 
@@ -118,13 +118,12 @@ def nt_xent(
     loss, miss = torch.empty_like(positive), torch.empty_like(positive)
     dz_hat = torch.zeros_like(z_hat[: rows if need_dz else 0])
     for block in row_blocks(rows, rows):
-        logits = z_hat[block] @ z_hat.t() / temperature  # (rows of the block, 2N)
+        logits = (z_hat[block] @ z_hat.t()).div_(temperature)  # (rows of the block, 2N)
         logits.scatter_(1, torch.stack([index[block], other[block]], dim=1), -torch.inf)
         loss[block], exps, total, miss[block] = _cross_entropy(positive[block], logits)
         if need_dz:
-            p = exps.div_(total[:, None])
-            dz_hat[block] += p @ z_hat
-            dz_hat += p.t() @ z_hat[block]
+            dz_hat[block] += exps @ z_hat / total[:, None]
+            dz_hat.addmm_(exps.t(), z_hat[block] / total[:, None])
     if not need_dz:
         return loss, dz_hat
     dz_hat = (dz_hat - (miss + miss[other])[:, None] * z_hat[other]) / temperature
@@ -168,14 +167,13 @@ def contrast(
     dq_hat = torch.empty_like(q_hat[:, : rows if need_dq else 0])
     dk_hat = torch.zeros_like(k_hat[:, : None if need_dk else 0])
     for block in row_blocks(rows, problems * k.shape[1]):
-        logits = q_hat[:, block] @ k_hat.mT / temperature  # (D, rows of the block, M)
+        logits = (q_hat[:, block] @ k_hat.mT).div_(temperature)  # (D, rows of the block, M)
         logits[:, index[block] - block.start, index[block] + labels] = -torch.inf
         loss[:, block], exps, total, miss = _cross_entropy(positive[:, block], logits)
-        p = exps.div_(total[..., None]) if need_dq or need_dk else exps
         if need_dq:
-            dq_hat[:, block] = p @ k_hat - miss[..., None] * own_hat[:, block]
+            dq_hat[:, block] = exps @ k_hat / total[..., None] - miss[..., None] * own_hat[:, block]
         if need_dk:
-            dk_hat += p.mT @ q_hat[:, block]
+            dk_hat.baddbmm_(exps.mT, q_hat[:, block] / total[..., None])
             dk_hat[:, own][:, block] -= miss[..., None] * q_hat[:, block]
     dq = through_norm(dq_hat / temperature, q_hat, q_norm) if need_dq else dq_hat
     dk = through_norm(dk_hat / temperature, k_hat, k_norm) if need_dk else dk_hat
