@@ -37,18 +37,26 @@ class Heartbeat:
         self._own, self._watched = 0, range(size) if rank == 0 else range(1)
         self._last, self._missed = [b""] * len(self._watched), [0] * len(self._watched)
         self._stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=run, name=f"moco_fast {run.__name__}", daemon=True)
+            for run in (self._beat_on, self._watch_store)
+        ]
 
     def start(self) -> None:
         """Write the first beat and go on."""
         self._store.set(_beat(self._rank), "0")
         if self._rank == 0:
             self._store.set(_SILENT, "")
-        for run in (self._beat_on, self._watch_store):
-            threading.Thread(target=run, name=f"moco_fast {run.__name__}", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """No further beat, and no call of ``end`` but one under way."""
         self._stopped.set()
+        for (
+            thread
+        ) in self._threads:  # one that is inside a call of the store when Python ends aborts the process
+            thread.join(INTERVAL)
 
     def _beat_on(self) -> None:
         while not self._stopped.wait(INTERVAL):
