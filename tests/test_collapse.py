@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moco_fast.data.augment import AugmentConfig
-from moco_fast.train.collapse import PATIENCE, CollapseAlarm, EmbeddingWatch, embedding_stats
+from moco_fast.train.collapse import PATIENCE, CollapseAlarm, EmbeddingWatch, embedding_stats, grace
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.loop import pretrain
 
@@ -65,6 +65,8 @@ def test_alarm_waits_then_tells_once_and_forgets():
 
 
 def test_fresh_networks_are_not_judged():
+    assert [grace(total, 11) for total in (20, 1100, 10_000)] == [2, 110, 200]
+    assert grace(1_000_000, 5004) == 5004
     alarm = CollapseAlarm(grace=100)
     for step in range(10, 101, 10):
         assert alarm.look(step, 0.01, 1.0) is None and alarm.since is None

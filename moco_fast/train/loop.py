@@ -35,7 +35,7 @@ from moco_fast.train.build import (
     input_channels,
     replicated,
 )
-from moco_fast.train.collapse import CollapseAlarm, EmbeddingWatch
+from moco_fast.train.collapse import CollapseAlarm, EmbeddingWatch, grace
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display, opening
 from moco_fast.train.interrupt import StopRequest
@@ -142,7 +142,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
     optimizer = build_optimizer(model, config)
 
-    alarm = CollapseAlarm(grace=min(total // 10, steps_per_epoch), by_rank=not row.needs_labels)
+    alarm = CollapseAlarm(grace(total, steps_per_epoch), by_rank=not row.needs_labels)
     accuracy: dict[str, float] = {}
     step = 0
     if saved is not None:
