@@ -118,7 +118,7 @@ def measure_world(
 
 def least_ms(world: int, way: dict, gbit: float) -> float:
     """What the bytes of a step take at this speed, as in ``bench.cost_model`` without latency."""
-    # No rank but the first lacks a share of a broadcast, so the mean over ranks is too small.
+    # Rank 0 sends what is broadcast and receives none of it: the mean over ranks is less than what one gets.
     shares = {"all_to_all": 1, "all_gather": 1, "broadcast": world / (world - 1)}
     return sum(way["received"][kind] * share for kind, share in shares.items()) * 8e-6 / gbit
 

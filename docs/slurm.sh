@@ -7,7 +7,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-# On 4 machines of 8 GPUs, into runs/ of the job's name on a file system that all machines share:
+# On 4 machines of 8 GPUs, into the folder of the job's name in runs/, on a file system that all machines share (instead
+# of --out, which this script gives itself):
 #
 #   sbatch docs/slurm.sh --preset moco-v2 --data imagenet/ --batch-size 1024
 #
@@ -16,7 +17,7 @@
 
 OUT=runs/$SLURM_JOB_NAME
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over by itself
 if [ -e "$OUT/checkpoint.pth" ]; then
     set -- --resume "$OUT"
 else

@@ -104,11 +104,11 @@ def test_the_end_of_a_run_is_none_of_it(store):
 
 
 # Rank 1 of a group stops, as by Ctrl-Z, while rank 0 waits for it in a collective.
-STOPPED = f"""
+STOPPED = """
 import os, signal
 from moco_fast import distributed
 from moco_fast.train import heartbeat, processes
-heartbeat.INTERVAL = {TICK}
+heartbeat.INTERVAL = 0.2
 with processes.joined("cpu"):
     distributed.largest(1)
     if os.environ["RANK"] == "1":

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import test_train_processes
-from test_train_processes import assert_equal_losses, assert_equal_states, finish, losses, options
+from test_train_processes import SECONDS, assert_equal_losses, assert_equal_states, finish, losses, options
 
 from bench import ranks
 from bench.machines import machines, unavailable
@@ -26,13 +26,13 @@ sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
 
-def torchrun(made, program, *arguments, per_machine):
+def torchrun(made, program, *arguments, per_machine, restarts=0):
     """docs/distributed.md's command for several machines, on each."""
     started = []
     for i, machine in enumerate(made):
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(made)),
-            "--nproc-per-node", str(per_machine), "--rdzv-backend", "c10d",
+            "--nproc-per-node", str(per_machine), "--max-restarts", str(restarts), "--rdzv-backend", "c10d",
             "--rdzv-endpoint", f"{made[0].address}:29500", "--rdzv-id", "run1",
             # What host names tell of machines that have one each.
             "--rdzv-conf", f"is_host={i == 0}", "--local-addr", machine.address, *program, *arguments,
@@ -60,8 +60,10 @@ def test_a_machine_that_is_cut_off_is_named_on_the_others(tmp_path):
     with machines(2) as made:
         started = torchrun(made, (str(program),), *options(), *config, per_machine=2)
         try:
+            deadline = time.monotonic() + SECONDS
             while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses(tmp_path / "run")) < 5:
                 assert started[0].poll() is None, finish(started[0], status=None)
+                assert time.monotonic() < deadline
                 time.sleep(0.02)
             made[1].cut_off()
             cut = time.monotonic()
@@ -78,6 +80,36 @@ def test_a_machine_that_is_cut_off_is_named_on_the_others(tmp_path):
         assert f"does not answer; this was rank {rank} of 4" in elsewhere, elsewhere
     assert seconds < 20
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] >= 3
+
+
+# Kills rank 1 in the middle of step 5, once. Only its own torchrun counts that as a restart.
+KILLER = """
+import os, pathlib, signal, sys
+from moco_fast import cli
+from moco_fast.train.display import Display
+advance = Display.advance
+def advance_and_die(self, step):
+    advance(self, step)
+    died = pathlib.Path(__file__).with_name("died")
+    if step == 5 and os.environ["RANK"] == "1" and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+Display.advance = advance_and_die
+sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
+"""
+
+
+def test_a_killed_rank_costs_one_restart(tmp_path):
+    alone, shared, program = tmp_path / "alone", tmp_path / "shared", tmp_path / "killer.py"
+    program.write_text(KILLER)
+    finish(test_train_processes.torchrun(2, alone, *options()))
+    with machines(2) as made:
+        arguments = (*options(), "--out", str(shared))
+        started = torchrun(made, (str(program),), *arguments, per_machine=1, restarts=1)
+        said = [finish(process) for process in started]
+    assert (tmp_path / "died").exists()
+    assert "rank 1 died or stopped answering" in "".join(said)
+    assert_equal_losses(losses(shared), losses(alone), 0)
 
 
 def test_the_benchmark_of_ranks_behind_cables(tmp_path):

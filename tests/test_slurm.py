@@ -21,7 +21,8 @@ def submit(tmp_path):
         (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    environment = os.environ | {
+    elsewhere = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SRUN"))}
+    environment = elsewhere | {
         "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_NAME": "moco-v2", "SLURM_JOB_ID": "31",
         "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "96",
     }  # fmt: skip

@@ -49,11 +49,11 @@ class Finetune:
         """Returns the exit status."""
         if (self.checkpoint is None) == (self.resume is None):
             raise ValueError("give either a checkpoint to start from or --resume with a fine-tuning run")
-        resume = resume_or_begin(self.resume, self.out)
         config, console = self.config, Console()
         if config.data is not None:
             config = replace(config, data=absolute(config.data))
         with joined(config.device):
+            resume = resume_or_begin(self.resume, self.out)
             out = self.resume or self.out
             if out is None:
                 assert self.checkpoint is not None

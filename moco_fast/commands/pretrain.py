@@ -50,10 +50,10 @@ class Pretrain:
             raise ValueError(
                 f"preset must be left out with --resume, which has its own config; got {self.preset}"
             )
-        resume = resume_or_begin(self.resume, self.out)
         config = replace(self.config, data=absolute(self.config.data))
         console = Console()
         with joined(config.device):
+            resume = resume_or_begin(self.resume, self.out)
             name = from_rank_0(f"{Path(config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")
             out = self.resume or self.out or Path("runs") / name
             if self.resume and self.resume.is_file():

@@ -45,6 +45,7 @@ def _cross_entropy(
     return loss, exps, rest + e, rest / (rest + e)
 
 
+@torch.no_grad()
 def info_nce(
     q: Tensor,  # (N, C), raw
     k: Tensor,  # (N, C), raw
@@ -89,6 +90,7 @@ def info_nce(
     return loss, through_norm(dq_hat, q_hat, norm), rank, pos[stats], neg[stats]
 
 
+@torch.no_grad()
 def nt_xent(
     z: Tensor,  # (2N, C), raw: view 1 of every image, then view 2
     temperature: float,
@@ -130,6 +132,7 @@ def nt_xent(
     return loss, through_norm(dz_hat, z_hat, norm)
 
 
+@torch.no_grad()
 def contrast(
     q: Tensor,  # (D, N, C), raw
     k: Tensor,  # (D, M, C), raw, M >= N

@@ -53,9 +53,8 @@ class Heartbeat:
     def stop(self) -> None:
         """No further beat, and no call of ``end`` but one under way."""
         self._stopped.set()
-        for (
-            thread
-        ) in self._threads:  # one that is inside a call of the store when Python ends aborts the process
+        # One that is inside a call of the store when Python ends would abort the process.
+        for thread in self._threads:
             thread.join(INTERVAL)
 
     def _beat_on(self) -> None:

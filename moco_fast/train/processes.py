@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from moco_fast import distributed
 from moco_fast.train.heartbeat import STORE_GONE, Heartbeat, died, silent
+from moco_fast.train.meeting import Meeting, meet
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ NOTICE_SECONDS = 5.0  # for every rank to say that it is still there after a fai
 _ENDED = "ended/"
 _LOST = "lost touch with the others"
 _store: Any = None
+_meeting: Meeting | None = None  # of this process, the first one
 
 
 class PeerFailedError(RuntimeError):
@@ -38,8 +40,9 @@ def started_by_torchrun() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this run again, after a process of it failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether torchrun or SLURM has started this run again; once processes have joined, the same on all."""
+    counts = (os.environ.get(name) or "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return _meeting.again if _meeting else any(int(count) > 0 for count in counts)
 
 
 def may_restart() -> bool:
@@ -65,9 +68,10 @@ def joined(device: str) -> Iterator[None]:
     back a process from waiting for a machine that fell silent: it is ended, with word of who is gone.
 
     Raises:
+        TimeoutError: not all processes came within :data:`moco_fast.train.meeting.PATIENCE`.
         PeerFailedError: another process died or failed meanwhile.
     """
-    global _store
+    global _store, _meeting
     if dist.is_initialized() or not started_by_torchrun():
         yield
         return
@@ -77,16 +81,20 @@ def joined(device: str) -> Iterator[None]:
     if on_gpu and local_rank() >= torch.cuda.device_count():
         raise ValueError(f"{torch.cuda.device_count()} GPUs are fewer than the processes on this machine")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=distributed.PATIENCE)))
-    # torchrun's store may outlive a restart, and then holds the addresses of processes that are gone.
-    _store = dist.PrefixStore(f"moco_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{size}", store)
-    if on_gpu:
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=_store, rank=rank, world_size=size, timeout=distributed.PATIENCE
-    )
+    first = _meeting is None
+    meeting = meet(dist.PrefixStore("moco_fast/meeting", store), rank, size, first and restarted())
+    if first:
+        _meeting = meeting
+    _store = dist.PrefixStore(f"moco_fast/{meeting.name}", store)
     heartbeat = Heartbeat(_store, rank, size, lambda who: _leave(who, rank, size))
     heartbeat.start()
     try:
+        if on_gpu:
+            torch.cuda.set_device(local_rank())
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(
+            backend, store=_store, rank=rank, world_size=size, timeout=distributed.PATIENCE
+        )
         distributed.largest(0)  # nobody leaves, be it for an error, while others still connect
         yield
         distributed.largest(0)  # nobody leaves before all have come here
@@ -96,11 +104,14 @@ def joined(device: str) -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         why = _LOST if _is_loss_of_contact(error) else f"{type(error).__name__}: {error}"
         _say(_ENDED + str(rank), why)
-        dist.destroy_process_group()  # closes connections: whoever waits for this rank learns of it at once
+        if dist.is_initialized():
+            # Closes connections: whoever waits for this rank learns of it at once.
+            dist.destroy_process_group()
         if why is _LOST and (culprits := _culprits(size)):
             raise PeerFailedError(f"{culprits}; this was rank {rank} of {size}") from error
         raise
     else:
+        heartbeat.stop()  # rank 0 may take the store along
         dist.destroy_process_group()
     finally:
         heartbeat.stop()
@@ -150,8 +161,10 @@ def _say(key: str, what: str) -> None:
 
 def _leave(who: str, rank: int, size: int) -> None:
     """End this process, whose main thread waits for others that are gone."""
-    print(f"moco-fast: {who}; this was rank {rank} of {size}", file=sys.stderr, flush=True)
-    os._exit(1)
+    try:
+        print(f"moco-fast: {who}; this was rank {rank} of {size}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
 
 
 def _culprits(size: int) -> str:
