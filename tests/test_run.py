@@ -13,6 +13,7 @@ from moco_fast.cli import main
 from moco_fast.train import checkpoint
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
+from moco_fast.train.run import resume_or_begin
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,14 @@ def test_restarted_command_refuses_a_run_of_others(copied, monkeypatch, capsys):
     assert main(["pretrain", "--data", "digits", "--method", "simsiam", "--out", str(copied)]) == 1
     assert f"out '{copied}' is not empty: resume it" in capsys.readouterr().err
     assert contents(copied) == before
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_torchrun_and_slurm_restart_runs(monkeypatch, count):
+    for value, resume in (("0", False), ("1", "restart"), ("2", "restart")):
+        monkeypatch.setenv(count, value)
+        assert resume_or_begin(None, Path("runs/v2")) == resume
+    assert resume_or_begin(Path("runs/v2"), None) is True
 
 
 def test_restart_of_a_run_that_left_no_checkpoint_begins_anew(unbroken, tmp_path, monkeypatch):
