@@ -8,28 +8,18 @@ import subprocess
 import emulated
 import pytest
 import torch
+from nvcc import compiled, find
 from test_info_nce import make, relative
 from test_info_nce_sweep import sweep
-from test_multi_tensor_cuda import find
 from torch.nn import functional as F
 
 
 @pytest.mark.skipif(not emulated.CSRC.exists(), reason="an installed wheel has no sources")
 def test_no_spills_and_no_product_waits_for_another(tmp_path):
-    nvcc, cuobjdump = find("nvcc"), find("cuobjdump")
-    made = tmp_path / "sweep.o"
-    target = "-gencode=arch=compute_90a,code=sm_90a"
-    source = emulated.CSRC / "info_nce_sweep_cuda.cu"
-    done = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", target, "-Xptxas=-v", "-c", source, "-o", made],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    usage = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
-    )
-    assert len(usage) == 8 and set(usage) == {("0", "0", "0")}, done.stderr
-    assert "wgmma" not in done.stderr, "ptxas says that it serialises products"
+    cuobjdump = find("cuobjdump")
+    made, count, said = compiled("info_nce_sweep_cuda.cu", ("sm_90a",), tmp_path)
+    assert count == 8
+    assert "wgmma" not in said, "ptxas says that it serialises products"
     sass = subprocess.run([cuobjdump, "-sass", made], capture_output=True, text=True, check=True).stdout
     kernels = sass.split("Function : ")[1:]
     assert len(kernels) == 8

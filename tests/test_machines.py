@@ -7,7 +7,15 @@ import time
 
 import pytest
 import test_train_processes
-from test_train_processes import SECONDS, assert_equal_losses, assert_equal_states, finish, losses, options
+from test_train_processes import (
+    KILLER,
+    SECONDS,
+    assert_equal_losses,
+    assert_equal_states,
+    finish,
+    losses,
+    options,
+)
 
 from bench import ranks
 from bench.machines import machines, unavailable
@@ -82,24 +90,8 @@ def test_a_machine_that_is_cut_off_is_named_on_the_others(tmp_path):
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] >= 3
 
 
-# Kills rank 1 in the middle of step 5, once. Only its own torchrun counts that as a restart.
-KILLER = """
-import os, pathlib, signal, sys
-from moco_fast import cli
-from moco_fast.train.display import Display
-advance = Display.advance
-def advance_and_die(self, step):
-    advance(self, step)
-    died = pathlib.Path(__file__).with_name("died")
-    if step == 5 and os.environ["RANK"] == "1" and not died.exists():
-        died.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-Display.advance = advance_and_die
-sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
-"""
-
-
 def test_a_killed_rank_costs_one_restart(tmp_path):
+    """Though only the torchrun of the killed rank counts one."""
     alone, shared, program = tmp_path / "alone", tmp_path / "shared", tmp_path / "killer.py"
     program.write_text(KILLER)
     finish(test_train_processes.torchrun(2, alone, *options()))

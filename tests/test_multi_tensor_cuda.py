@@ -4,14 +4,13 @@ What they compute, the tests of the ops show: a place where those run is an emul
 """
 
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import emulated
 import pytest
 import torch
 from emulated import CSRC
+from nvcc import compiled, find
 
 from moco_fast import native
 
@@ -19,36 +18,12 @@ SOURCES = sorted(p.name for p in CSRC.glob("*.cu") if "multi_tensor_cuda.h" in p
 ARCHITECTURES = ("sm_80", "sm_90a")
 
 
-def find(tool):
-    """A CUDA tool: in CUDA_HOME, in PATH, or shipped with Triton."""
-    import os
-
-    places = [os.path.join(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
-    places.append(os.environ["PATH"])
-    try:
-        import triton
-
-        places.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
-    except ImportError:
-        pass
-    found = next(filter(None, (shutil.which(tool, path=place) for place in places)), None)
-    return found or pytest.skip(f"{tool} is not installed: CUDA code was not compiled")
-
-
 @pytest.mark.skipif(not CSRC.exists(), reason="an installed wheel has no sources")
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_spills_and_wide_accesses(source, tmp_path):
-    nvcc, cuobjdump = find("nvcc"), find("cuobjdump")
-    made = tmp_path / "kernel.o"
-    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
-    command = [nvcc, "-std=c++17", "-O3", *targets, "-Xptxas=-v", "-c", CSRC / source, "-o", made]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    usage = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
-    )
-    assert len(usage) >= len(ARCHITECTURES), done.stderr
-    assert all(row == ("0", "0", "0") for row in usage), done.stderr
+    cuobjdump = find("cuobjdump")
+    made, kernels, _ = compiled(source, ARCHITECTURES, tmp_path)
+    assert kernels >= len(ARCHITECTURES)
 
     for architecture in ARCHITECTURES:
         sass = subprocess.run(

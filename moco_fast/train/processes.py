@@ -81,10 +81,8 @@ def joined(device: str) -> Iterator[None]:
     if on_gpu and local_rank() >= torch.cuda.device_count():
         raise ValueError(f"{torch.cuda.device_count()} GPUs are fewer than the processes on this machine")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=distributed.PATIENCE)))
-    first = _meeting is None
-    meeting = meet(dist.PrefixStore("moco_fast/meeting", store), rank, size, first and restarted())
-    if first:
-        _meeting = meeting
+    meeting = meet(dist.PrefixStore("moco_fast/meeting", store), rank, size, restarted())
+    _meeting = _meeting or meeting
     _store = dist.PrefixStore(f"moco_fast/{meeting.name}", store)
     heartbeat = Heartbeat(_store, rank, size, lambda who: _leave(who, rank, size))
     heartbeat.start()
