@@ -30,7 +30,14 @@ INFO_NAME = "_build_info.json"
 # No -ffast-math anywhere: NaN and infinity must reach the loss.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Compiled once per entry, with -DMOCO_FAST_ISA=<name>; the CPU decides at run time.
-ISA_SOURCES = {"info_nce_cpu.cpp", "sgd_cpu.cpp", "adamw_cpu.cpp", "split_batch_norm_cpu.cpp"}
+ISA_SOURCES = {
+    "info_nce_cpu.cpp",
+    "pairs_cpu.cpp",
+    "dino_cpu.cpp",
+    "sgd_cpu.cpp",
+    "adamw_cpu.cpp",
+    "split_batch_norm_cpu.cpp",
+}
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -40,6 +47,8 @@ X86_ISAS = {
 OPTIMIZER_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 SOURCE_FLAGS = {
     "info_nce_cpu.cpp": ["-ffp-contract=fast"],
+    "pairs_cpu.cpp": ["-ffp-contract=fast"],
+    "dino_cpu.cpp": ["-ffp-contract=fast"],
     "split_batch_norm_cpu.cpp": ["-ffp-contract=fast"],
     # Bitwise equal to torch, which the compiler must not round in its own way.
     "ema_update_cpu.cpp": ["-ffp-contract=off"],

@@ -6,10 +6,13 @@
 #include <vector>
 
 #include "adamw.h"
+#include "contrast.h"
 #include "cpu_features.h"
+#include "dino.h"
 #include "ema_update.h"
 #include "enqueue.h"
 #include "info_nce.h"
+#include "nt_xent.h"
 #include "python_rows.h"
 #include "sgd.h"
 #include "split_batch_norm.h"
@@ -29,6 +32,40 @@ void info_nce(Address q, Address k, int qk_dtype, Address queue, int queue_dtype
     mf::info_nce({at<void>(q), at<void>(k), dtype(qk_dtype), at<void>(queue), dtype(queue_dtype), n,
                   negatives, features, temperature, at<float>(loss), at<float>(dq), at<int64_t>(rank),
                   at<float>(pos), at<float>(neg), threads});
+}
+
+void contrast(Address q, Address k, int dtype_of_both, int64_t problems, int64_t queries, int64_t keys,
+              int64_t features, int64_t labels, double temperature, Address loss, Address dq, Address dk,
+              int threads) {
+    mf::contrast({at<void>(q), at<void>(k), dtype(dtype_of_both), problems, queries, keys, features, labels,
+                  temperature, at<float>(loss), at<float>(dq), at<float>(dk), threads});
+}
+
+void nt_xent(Address z, int z_dtype, int64_t rows, int64_t features, double temperature, Address loss,
+             Address dz, int threads) {
+    mf::nt_xent(
+        {at<void>(z), dtype(z_dtype), rows, features, temperature, at<float>(loss), at<float>(dz), threads});
+}
+
+// (student, teacher, their dtype), (address, dtype) of either prototypes, (n, count, features), (student's,
+// teacher's temperature) and (loss, ds, dw) of Dino
+using PyDinoRows = std::tuple<Address, Address, int>;
+using PyDinoPrototypes = std::tuple<Address, int>;
+using PyDinoSizes = std::tuple<int64_t, int64_t, int64_t>;
+using PyDinoFound = std::tuple<Address, Address, Address>;
+
+void dino(const PyDinoRows& rows, const PyDinoPrototypes& prototypes,
+          const PyDinoPrototypes& teacher_prototypes, Address center, const PyDinoSizes& sizes,
+          const std::tuple<double, double>& temperatures, const PyDinoFound& found, int threads) {
+    const auto [student, teacher, rows_dtype] = rows;
+    const auto [w, w_dtype] = prototypes;
+    const auto [v, v_dtype] = teacher_prototypes;
+    const auto [n, count, features] = sizes;
+    const auto [loss, ds, dw] = found;
+    mf::dino({at<void>(student), at<void>(teacher), dtype(rows_dtype), at<void>(w), at<void>(v),
+              dtype(w_dtype), dtype(v_dtype), at<float>(center), n, count, features,
+              std::get<0>(temperatures), std::get<1>(temperatures), at<float>(loss), at<float>(ds),
+              at<float>(dw), threads});
 }
 
 #if defined(MOCO_FAST_CUDA)
@@ -234,6 +271,20 @@ PYBIND11_MODULE(_C, m) {
           "q_hat, k_hat (N, C) f32 unit, norm (N) f32 = |q| before clamping. dq = 0: forward only, weighted, "
           "q_hat,\n"
           "k_hat and norm are not read.");
+    m.def(
+        "contrast", &contrast, py::arg("q"), py::arg("k"), py::arg("dtype"), py::arg("problems"),
+        py::arg("queries"), py::arg("keys"), py::arg("features"), py::arg("labels"), py::arg("temperature"),
+        py::arg("loss"), py::arg("dq"), py::arg("dk"), py::arg("threads"), Release(),
+        "Loss (D, N), dq (D, N, C) and dk (D, M, C), all f32, of q (D, N, C) and k (D, M, C); 0 for what is "
+        "not\nwanted.");
+    m.def("nt_xent", &nt_xent, py::arg("z"), py::arg("dtype"), py::arg("rows"), py::arg("features"),
+          py::arg("temperature"), py::arg("loss"), py::arg("dz"), py::arg("threads"), Release(),
+          "Loss (R) and dz (R, C), both f32, of z (R, C); dz 0: not wanted.");
+    m.def("dino", &dino, py::arg("rows"), py::arg("prototypes"), py::arg("teacher_prototypes"),
+          py::arg("center"), py::arg("sizes"), py::arg("temperatures"), py::arg("found"), py::arg("threads"),
+          Release(),
+          "Loss (N), ds (N, C) and dw (P, C), all f32, of student and teacher (N, C), two sets of prototypes "
+          "(P, C) and\ncenter (P) f32; 0 for what is not wanted.");
 #if defined(MOCO_FAST_CUDA)
     m.def("info_nce_sweep", &info_nce_sweep, py::arg("rows"), py::arg("pairs"), py::arg("found"),
           py::arg("sizes"), py::arg("numbers"), py::arg("online"), py::arg("device"), py::arg("stream"),

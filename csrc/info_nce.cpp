@@ -9,6 +9,7 @@
 #include "cpu_features.h"
 #include "info_nce_isa.h"
 #include "parallel.h"
+#include "softmax_loss.h"
 
 namespace moco_fast {
 namespace {
@@ -25,8 +26,6 @@ const InfoNceIsa& isa_table() {
             return baseline::kInfoNce;
     }
 }
-
-constexpr double kLog2E = 1.4426950408889634;
 
 void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
@@ -87,28 +86,16 @@ struct Query {
 
 void finish(const Query& x, int64_t negatives, int64_t features, double temperature, float* loss, float* dq,
             float* neg) {
-    const double gap = (double(x.max) - double(x.pos)) / temperature;  // >= 0; 0 where the positive is on top
-    const double positive = std::exp(-gap), total = double(x.sum) + positive;
-    // log1p keeps a tiny loss exact; a negative above the positive makes total >= 1 and its logarithm safe.
-    const double value = gap > 0 ? gap + std::log(total) : std::log1p(double(x.sum)) + gap;
+    const CrossEntropy found = cross_entropy(x.max, x.sum, x.pos, temperature);
     // A cosine of -inf has vanished from the sum: its trace in the mean makes the loss NaN.
-    *loss = float(value + 0.0 * double(x.cosine_sum));
+    *loss = float(found.loss + 0.0 * double(x.cosine_sum));
     *neg = float(double(x.cosine_sum) / double(negatives));
     if (!dq) return;
-    const double scale = 1.0 / (total * temperature);
-    double radial = 0;
-    for (int64_t c = 0; c < features; ++c) {
-        const double d =
-            (double(x.weighted[c * x.stride]) - double(x.sum) * double(x.k_hat[c * x.stride])) * scale;
-        radial += d * double(x.q_hat[c * x.stride]);
-    }
-    if (x.norm < kNormFloor) radial = 0;
-    const double divisor = clamp_norm(x.norm);
-    for (int64_t c = 0; c < features; ++c) {
-        const double d =
-            (double(x.weighted[c * x.stride]) - double(x.sum) * double(x.k_hat[c * x.stride])) * scale;
-        dq[c] = float((d - radial * double(x.q_hat[c * x.stride])) / divisor);
-    }
+    const double scale = 1.0 / (found.total * temperature);
+    const auto d_hat = [&](int64_t c) {
+        return (double(x.weighted[c * x.stride]) - double(x.sum) * double(x.k_hat[c * x.stride])) * scale;
+    };
+    through_norm(features, x.norm, d_hat, [&](int64_t c) { return x.q_hat[c * x.stride]; }, dq);
 }
 
 // Adds the splits of one panel into the first, in order.

@@ -1,148 +1,28 @@
-// The inner loops of info_nce (specification in info_nce.h), compiled once per instruction set.
-//
-// Flash attention with V = K: a tile of queue rows meets a panel of queries, the scores stay in L1, and the
-// same tile of rows is used again for the weighted sum while it is still near. Both products are one register
-// kernel:
-//   scores[j][w]   = sum_c row[j][c] * query[c][w]      (broadcast along c, R rows j at a time)
-//   weighted[c][w] = sum_j row[j][c] * p[j][w]          (broadcast along j, R features c at a time)
-// so the queue is read as it lies in memory, and neither operand is ever packed.
+// The inner loops of info_nce (specification in info_nce.h), compiled once per instruction set: every tile of
+// the queue meets every panel of queries (products.h), and the next tile is asked for meanwhile.
 #include "info_nce_isa.h"
-#include "simd.h"
+#include "products.h"
 
 namespace moco_fast {
 namespace MOCO_FAST_ISA {
 namespace {
 
-constexpr int64_t kPanel = 2 * kLanes;
-// Rows of the queue per softmax step: 96 x 128 fp32 (48 KB) stream from L2; shorter tiles spend more on
-// loading and storing the weighted sums, longer ones evict the panel.
-constexpr int64_t kTile = 96;
-// Longest chain of additions in a dot product. The cosine of a good positive is a sum of C terms of one sign,
-// and its rounding is divided by T: one chain over C = 512 would lose four times what a blocked sum loses.
-constexpr int64_t kDepth = 64;
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// acc[r] = sum_d a[r * row_stride + d * depth_stride] * b[d], R rows against one panel.
-template <int R>
-MOCO_FAST_INLINE void product(const float* a, int64_t row_stride, int64_t depth_stride, const float* b,
-                              int64_t depth, Vec (&acc)[R][2]) {
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
-    for (int64_t d = 0; d < depth; ++d) {
-        const Vec b0 = load(b), b1 = load(b + kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            const Vec x = splat(a[r * row_stride]);
-            acc[r][0] += x * b0;
-            acc[r][1] += x * b1;
-        }
-        a += depth_stride;
-        b += kPanel;
-    }
-}
-
-struct Scores {
-    const float *rows, *queries;
-    int64_t features;
-    float* scores;
-
-    template <int R>
-    MOCO_FAST_INLINE void run(const Scores& t, int64_t j) {
-        for (int64_t c = 0; c < t.features; c += kDepth) {
-            Vec acc[R][2];
-            const int64_t depth = t.features - c < kDepth ? t.features - c : kDepth;
-            product<R>(t.rows + j * t.features + c, t.features, 1, t.queries + c * kPanel, depth, acc);
-            float* out = t.scores + j * kPanel;
-            for (int r = 0; r < R; ++r, out += kPanel) {
-                store(out, c ? load(out) + acc[r][0] : acc[r][0]);
-                store(out + kLanes, c ? load(out + kLanes) + acc[r][1] : acc[r][1]);
-            }
-        }
-    }
-};
-
-struct Weighted {
-    const float *rows, *weights;
-    int64_t count, features;
-    float* sums;
-    Vec scale0, scale1;
-
-    // The tile is summed from zero and then added: shorter chains of additions, so less rounding.
-    template <int R>
-    MOCO_FAST_INLINE void run(const Weighted& t, int64_t c) {
-        Vec acc[R][2];
-        product<R>(t.rows + c, 1, t.features, t.weights, t.count, acc);
-        float* out = t.sums + c * kPanel;
-        for (int r = 0; r < R; ++r, out += kPanel) {
-            store(out, load(out) * t.scale0 + acc[r][0]);
-            store(out + kLanes, load(out + kLanes) * t.scale1 + acc[r][1]);
-        }
-    }
-};
-
-template <int R, class Task>
-MOCO_FAST_INLINE void run_exactly(int size, const Task& task, int64_t at) {
-    if (size == R)
-        Task::template run<R>(task, at);
-    else if constexpr (R > 1)
-        run_exactly<R - 1>(size, task, at);
-}
-
-// Cuts [0, count) into groups of nearly equal size: two groups of 5 keep more FMAs in flight than 6 and 4.
-template <class Task>
-MOCO_FAST_INLINE void run_grouped(int64_t count, const Task& task) {
-    const int64_t groups = (count + kRegisterRows - 1) / kRegisterRows;
-    const int64_t size = count / groups, longer = count % groups;
-    int64_t at = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-        const int rows = int(size + (g < longer));
-        run_exactly<kRegisterRows>(rows, task, at);
-        at += rows;
-    }
-}
-
 // Turns the scores of one panel into exp((s - max)/T) and returns the factors for older sums.
-void softmax_tile(float* scores, int64_t count, const float* positive, float scale_to_log2,
-                  SoftmaxState state, Vec (&scale)[2]) {
-    Vec old_max[2], top[2], pos[2], cosines[2] = {}, sum[2] = {};
+void softmax_panel(float* scores, int64_t count, const float* positive, float scale_to_log2,
+                   SoftmaxState state, Vec (&scale)[2]) {
+    const Vec pos[2] = {load(positive), load(positive + kLanes)};
+    Vec cosines[2] = {};
     Int above[2] = {};
+    softmax_tile(scores, count, scale_to_log2, state.max, state.sum, scale, [&](int v, Vec s) {
+        above[v] -= s > pos[v];
+        cosines[v] += s;
+    });
     for (int v = 0; v < 2; ++v) {
-        old_max[v] = top[v] = load(state.max + v * kLanes);
-        pos[v] = load(positive + v * kLanes);
-    }
-    for (int64_t j = 0; j < count; ++j)
-        for (int v = 0; v < 2; ++v) {
-            const Vec s = load(scores + j * kPanel + v * kLanes);
-            top[v] = max(s, top[v]);
-            above[v] -= s > pos[v];
-            cosines[v] += s;
-        }
-    for (int64_t j = 0; j < count; ++j)
-        for (int v = 0; v < 2; ++v) {
-            float* at = scores + j * kPanel + v * kLanes;
-            const Vec p = exp2_scaled(load(at) - top[v], scale_to_log2);
-            store(at, p);
-            sum[v] += p;
-        }
-    for (int v = 0; v < 2; ++v) {
-        scale[v] = exp2_scaled(old_max[v] - top[v], scale_to_log2);
-        store(state.max + v * kLanes, top[v]);
-        store(state.sum + v * kLanes, load(state.sum + v * kLanes) * scale[v] + sum[v]);
         store(state.cosine_sum + v * kLanes, load(state.cosine_sum + v * kLanes) + cosines[v]);
         for (int i = 0; i < kLanes; ++i) state.rank[v * kLanes + i] += above[v][i];
     }
-}
-
-const float* tile_rows(const InfoNceScan& a, int64_t first, int64_t count) {
-    const int64_t at = first * a.features, size = count * a.features;
-    if (a.rows_dtype == DType::bf16) {
-        widen(static_cast<const bf16_t*>(a.rows) + at, a.widened_rows, size);
-        return a.widened_rows;
-    }
-    if (a.rows_dtype == DType::f16) {
-        widen(static_cast<const f16_t*>(a.rows) + at, a.widened_rows, size);
-        return a.widened_rows;
-    }
-    return static_cast<const float*>(a.rows) + at;
 }
 
 // Asks for part `index` of `parts` of the tile that comes next, while this one is computed: the queue is far
@@ -160,15 +40,15 @@ void scan(const InfoNceScan& a) {
     const int64_t panel_size = a.features * kPanel;
     for (int64_t first = 0; first < a.count; first += kTile) {
         const int64_t count = a.count - first < kTile ? a.count - first : kTile;
-        const float* rows = tile_rows(a, first, count);
+        const float* rows = tile_rows(a.rows, a.rows_dtype, first, count, a.features, a.widened_rows);
         for (int64_t p = 0; p < a.panels; ++p) {
             const int64_t at = p * kPanel;
             prefetch_part(a, first + kTile, p, a.panels);
             run_grouped(count, Scores{rows, a.queries + p * panel_size, a.features, a.scores});
             Vec scale[2];
-            softmax_tile(a.scores, count, a.positive + at, a.scale_to_log2,
-                         {a.state.max + at, a.state.sum + at, a.state.cosine_sum + at, a.state.rank + at},
-                         scale);
+            softmax_panel(a.scores, count, a.positive + at, a.scale_to_log2,
+                          {a.state.max + at, a.state.sum + at, a.state.cosine_sum + at, a.state.rank + at},
+                          scale);
             if (a.weighted)
                 run_grouped(a.features, Weighted{rows, a.scores, count, a.features,
                                                  a.weighted + p * panel_size, scale[0], scale[1]});

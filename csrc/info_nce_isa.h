@@ -1,8 +1,5 @@
-// The part of info_nce that is compiled once per instruction set, as a table of functions.
-//
-// Queries travel in panels: `panel` queries side by side, feature by feature, so that element c of query w of
-// a panel lies at [c * panel + w]. A vector register then always holds queries, never features: no horizontal
-// sums, no masks, and tails of N are zero queries whose results nobody reads.
+// The part of info_nce that is compiled once per instruction set, as a table of functions. What a panel is:
+// products.h.
 #pragma once
 
 #include <cstdint>

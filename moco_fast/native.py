@@ -37,7 +37,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # Ops over lists of tensors, the optimizers' steps among them: kernels for CPU and GPU, also in float64.
 MULTI_TENSOR = ("ema_update_", "sgd_", "adamw_")
 ROWS = ("take_rows",)  # of any dtype: bytes are moved, not numbers
-OPS = ("info_nce", "enqueue_", *ROWS, *MULTI_TENSOR, "split_batch_norm")
+OPS = ("info_nce", "contrast", "nt_xent", "dino", "enqueue_", *ROWS, *MULTI_TENSOR, "split_batch_norm")
 # Ops whose CUDA kernel this backend launches only where it is forced; kernels/info_nce_sweep.py says when
 # Triton's launcher takes it.
 ON_REQUEST = ("info_nce",)
@@ -208,6 +208,66 @@ def _gemm_in_bf16() -> Iterator[None]:
             yield
         finally:
             settings.fp32_precision = before
+
+
+def contrast(
+    q: Tensor, k: Tensor, temperature: float, labels: int, precision: str, need_dq: bool, need_dk: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.contrast`."""
+    q, k = q.contiguous(), k.contiguous()
+    problems, queries, features = q.shape
+    keys = k.shape[1]
+    loss = torch.empty(problems, queries, **FP32)
+    dq = torch.empty(problems, queries if need_dq else 0, features, **FP32)
+    dk = torch.empty(problems, keys if need_dk else 0, features, **FP32)
+    _C.contrast(
+        q.data_ptr(), k.data_ptr(), DTYPES[q.dtype], problems, queries, keys, features, labels, temperature,
+        loss.data_ptr(), dq.data_ptr() if need_dq else 0, dk.data_ptr() if need_dk else 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, dq, dk
+
+
+def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`moco_fast.reference.nt_xent`."""
+    z = z.contiguous()
+    rows, features = z.shape
+    loss = torch.empty(rows, **FP32)
+    dz = torch.empty(rows if need_dz else 0, features, **FP32)
+    _C.nt_xent(
+        z.data_ptr(), DTYPES[z.dtype], rows, features, temperature,
+        loss.data_ptr(), dz.data_ptr() if need_dz else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, dz
+
+
+def dino(
+    student: Tensor,
+    teacher: Tensor,
+    prototypes: Tensor,
+    teacher_prototypes: Tensor,
+    center: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    precision: str,
+    need_ds: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`moco_fast.reference.dino`."""
+    student, teacher, center = student.contiguous(), teacher.contiguous(), center.contiguous()
+    prototypes, teacher_prototypes = prototypes.contiguous(), teacher_prototypes.contiguous()
+    sizes = (rows, count, features) = len(student), *prototypes.shape
+    loss = torch.empty(rows, **FP32)
+    ds = torch.empty(rows if need_ds else 0, features, **FP32)
+    dw = torch.empty(count if need_dw else 0, features, **FP32)
+    _C.dino(
+        (student.data_ptr(), teacher.data_ptr(), DTYPES[student.dtype]),
+        *((w.data_ptr(), DTYPES[w.dtype]) for w in (prototypes, teacher_prototypes)),
+        center.data_ptr(), sizes, (student_temperature, teacher_temperature),
+        (loss.data_ptr(), ds.data_ptr() if need_ds else 0, dw.data_ptr() if need_dw else 0),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, ds, dw
 
 
 def ema_update_(

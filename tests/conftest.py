@@ -96,6 +96,30 @@ def backend(place):
         yield name
 
 
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request, monkeypatch):
+    """Force the native backend and an instruction set of its CPU kernels; skips, by name, what is not here."""
+    if reason := native.unavailable():
+        pytest.skip(f"native backend: {reason}")
+    if request.param not in native._C.isas():
+        pytest.skip(f"native backend: this CPU or build has no {request.param}")
+    monkeypatch.setenv("MOCO_FAST_ISA", request.param)
+    assert native._C.isa() == request.param
+    with backends.use_backend("native"):
+        yield request.param
+
+
+def with_threads(call):
+    """What a call returns with one thread, after the bits of all of it were the same with two and three."""
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(call())
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    return found[0]
+
+
 @pytest.fixture
 def half_ulp(place):
     """Relative rounding error of a dtype; twice that where Triton's interpreter truncates to bf16."""

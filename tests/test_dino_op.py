@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import interpreter_fault
+from conftest import interpreter_fault, with_threads
+from largest import Largest
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import moco_fast
 from moco_fast import checks, reference
@@ -170,6 +170,14 @@ def test_bitwise_repeatable(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_instruction_sets_and_threads(isa):
+    """Every instruction set this CPU has, each with the same bits from any number of threads."""
+    inputs = make(150, 7001, 100)  # several tiles in a run, and groups of panels
+    want = formula(*inputs, TEMPERATURES)
+    got = with_threads(lambda: fused(*inputs))
+    assert all(relative(*pair) < 1e-5 for pair in zip(got, want, strict=True))
+
+
 def test_dtypes_of_prototypes_are_free(backend):
     """A student under autocast, prototypes in fp32; and the other way round."""
     student, teacher, *others = make(6, 40, 32)
@@ -308,23 +316,12 @@ def test_prototypes_in_the_operand_type_are_read_where_they_are(kernels):
         assert torch.equal(found[:, : x.shape[1]], x.half()) and not found[:, x.shape[1] :].any()
 
 
-class _Largest(TorchDispatchMode):
-    """Records the most elements that a tensor had that an operation returned."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(getattr(self, "elements", 0), x.numel())
-        return out
-
-
 def test_logits_are_never_all_there():
     """The reference: nothing larger than a block of logits, or than the prototypes and their gradient."""
     n, p, c = 200, 20_000, 8
     inputs = make(n, p, c)
     assert n * p > 8 * max(BLOCK_LOGITS, p * c)
-    with _Largest() as largest:
+    with Largest() as largest:
         reference.dino(*inputs, *TEMPERATURES, "highest", True, True)
     assert n * c < largest.elements <= max(BLOCK_LOGITS, p * c)
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import with_threads
 from torch import nn
 from torch.nn import functional as F
 
@@ -180,23 +181,11 @@ def test_repeats_bitwise(backend, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_instruction_sets_and_threads(kind, layout, monkeypatch):
+def test_instruction_sets_and_threads(isa, kind, layout):
     """Every instruction set this CPU has, each with the same bits from any number of threads."""
-    if reason := native.unavailable():
-        pytest.skip(f"native backend: {reason}")
     inputs = make((32, 75, 9, 9), kind, layout)  # enough values for several threads
     other, want = results(eager(4), *inputs), exactly(eager(4), *inputs)
-    for isa in native._C.isas():
-        monkeypatch.setenv("MOCO_FAST_ISA", isa)
-        assert native._C.isa() == isa
-        found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with moco_fast.use_backend("native"):
-                found.append(results(fused(4), *inputs))
-        assert_as_exact_as_eager(found[0], other, want)
-        for again in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+    assert_as_exact_as_eager(with_threads(lambda: results(fused(4), *inputs)), other, want)
 
 
 @pytest.mark.parametrize("tiles", [(32, 8, 1, 8), (64, 16, 2, 50)], ids=str)

@@ -21,8 +21,8 @@ from moco_fast.train import checkpoint
 from moco_fast.train.display import Display
 
 SECONDS = 240  # after which a run has hung
-# Statistics of four devices, however many processes there are. At this learning rate a rounding error stays one;
-# at the preset's, ten times that, some instruction sets make 2e-4 of it in ten steps.
+# Statistics of four devices, however many processes there are. At this learning rate a rounding error stays
+# one; at the preset's, ten times that, some instruction sets make 2e-4 of it in ten steps.
 RECIPE = replace(TINY, bn_splits=4, verify_every=2, lr=0.006)
 
 
