@@ -98,7 +98,7 @@ def backend(place):
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request, monkeypatch):
-    """Force the native backend and an instruction set of its CPU kernels; skips, by name, what is not here."""
+    """Force the native backend, and an instruction set of its kernels; skips, by name, what is not here."""
     if reason := native.unavailable():
         pytest.skip(f"native backend: {reason}")
     if request.param not in native._C.isas():
