@@ -10,7 +10,7 @@ void contrast(const Contrast& a) {
         throw std::invalid_argument("contrast: labels must be in [0, M - N]");
     const UnitRows q(a.q, a.dtype, a.problems, a.queries, a.features, a.threads);
     const UnitRows k(a.k, a.dtype, a.problems, a.keys, a.features, a.threads);
-    const Softmaxes found(q);
+    Softmaxes found(q);
     first_pass(q, k, {a.labels, false}, a.temperature, found, a.loss, a.dq, a.threads);
     if (a.dk) second_pass(k, q, {-a.labels, false}, a.temperature, found, a.dk, a.threads);
 }

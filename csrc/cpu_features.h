@@ -17,4 +17,17 @@ Isa selected_isa();
 
 std::string isa_name(Isa isa);
 
+template <class Table>
+const Table& pick(const Table& baseline, const Table& avx2, const Table& avx512) {
+    const Isa isa = selected_isa();
+    return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : baseline;
+}
+
 }  // namespace moco_fast
+
+// The table of this name of the instruction set in use: one lies in the namespace of each.
+#if defined(MOCO_FAST_X86_64)
+#define MOCO_FAST_SELECTED(table) ::moco_fast::pick(baseline::table, avx2::table, avx512::table)
+#else
+#define MOCO_FAST_SELECTED(table) baseline::table
+#endif

@@ -15,19 +15,6 @@
 namespace moco_fast {
 namespace {
 
-const DinoIsa& isa_table() {
-    switch (selected_isa()) {
-#if defined(MOCO_FAST_X86_64)
-        case Isa::avx512:
-            return avx512::kDino;
-        case Isa::avx2:
-            return avx2::kDino;
-#endif
-        default:
-            return baseline::kDino;
-    }
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
@@ -54,7 +41,7 @@ void dino(const Dino& a) {
         throw std::invalid_argument("dino: temperatures must be positive and finite");
     if (a.count < 1 || a.prototypes_dtype == DType::f64 || a.teacher_prototypes_dtype == DType::f64)
         throw std::invalid_argument("dino: there must be a prototype, and none of f64");
-    const DinoIsa& isa = isa_table();
+    const DinoIsa& isa = MOCO_FAST_SELECTED(kDino);
     const int threads = std::max(1, a.threads);
     const int64_t features = a.features, panel = isa.panel;
     const UnitRows student(a.student, a.rows_dtype, 1, a.rows, features, threads);

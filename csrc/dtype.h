@@ -61,16 +61,24 @@ static inline void from_float(float x, f16_t& out) {
     out.bits = uint16_t(sign | half);
 }
 
-// Norm of a row, summed in fp64: squares of large fp32 values must not overflow. Four chains hide the latency
-// of the addition; their order is fixed.
-template <class T>
-static inline float row_norm(const T* row, int64_t size) {
+// term(0) + .. + term(size - 1) in fp64. Four chains hide the latency of the addition; their order is fixed.
+template <class Term>
+static inline double sum_of(int64_t size, const Term& term) {
     double sum[4] = {0, 0, 0, 0};
     int64_t i = 0;
     for (; i + 4 <= size; i += 4)
-        for (int u = 0; u < 4; ++u) sum[u] += double(to_float(row[i + u])) * double(to_float(row[i + u]));
-    for (; i < size; ++i) sum[0] += double(to_float(row[i])) * double(to_float(row[i]));
-    return float(std::sqrt((sum[0] + sum[1]) + (sum[2] + sum[3])));
+        for (int u = 0; u < 4; ++u) sum[u] += term(i + u);
+    for (; i < size; ++i) sum[0] += term(i);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// Norm of a row, summed in fp64: squares of large fp32 values must not overflow.
+template <class T>
+static inline float row_norm(const T* row, int64_t size) {
+    return float(std::sqrt(sum_of(size, [row](int64_t i) {
+        const double x = to_float(row[i]);
+        return x * x;
+    })));
 }
 
 // What torch.nn.functional.normalize divides by: max(|row|, 1e-12); a NaN norm stays NaN.

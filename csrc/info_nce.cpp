@@ -14,19 +14,6 @@
 namespace moco_fast {
 namespace {
 
-const InfoNceIsa& isa_table() {
-    switch (selected_isa()) {
-#if defined(MOCO_FAST_X86_64)
-        case Isa::avx512:
-            return avx512::kInfoNce;
-        case Isa::avx2:
-            return avx2::kInfoNce;
-#endif
-        default:
-            return baseline::kInfoNce;
-    }
-}
-
 void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
 }
@@ -123,7 +110,7 @@ void info_nce(const InfoNce& a) {
     require(a.n > 0 && a.negatives > 0 && a.features > 0, "info_nce: N, K and C must be at least 1");
     require(a.temperature > 0 && std::isfinite(a.temperature),
             "info_nce: temperature must be positive and finite");
-    const InfoNceIsa& isa = isa_table();
+    const InfoNceIsa& isa = MOCO_FAST_SELECTED(kInfoNce);
     const Plan plan(a, isa);
     const int threads = std::max(1, a.threads);
     const int64_t width = isa.panel, padded = plan.panels * width, panel_size = width * a.features;
@@ -203,7 +190,7 @@ void info_nce_tile(const InfoNceTile& a) {
     require(a.n > 0 && a.count > 0 && a.features > 0, "info_nce_tile: N, the tile and C must be at least 1");
     require(a.temperature > 0 && std::isfinite(a.temperature),
             "info_nce_tile: temperature must be positive and finite");
-    const InfoNceIsa& isa = isa_table();
+    const InfoNceIsa& isa = MOCO_FAST_SELECTED(kInfoNce);
 #pragma omp parallel for num_threads(std::max(1, a.threads)) schedule(static)
     for (int64_t i = 0; i < a.n; ++i) {
         const float scale =

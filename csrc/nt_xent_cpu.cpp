@@ -10,7 +10,7 @@ void nt_xent(const NtXent& a) {
         throw std::invalid_argument("nt_xent: two views of every image are an even number of rows");
     const UnitRows z(a.z, a.dtype, 1, a.rows, a.features, a.threads);
     const Pairing views = {a.rows / 2, true};
-    const Softmaxes found(z);
+    Softmaxes found(z);
     first_pass(z, z, views, a.temperature, found, a.loss, nullptr, a.threads);
     if (a.dz) second_pass(z, z, views, a.temperature, found, a.dz, a.threads);
 }

@@ -12,22 +12,10 @@
 namespace moco_fast {
 namespace {
 
-const PairsIsa& isa_table() {
-    switch (selected_isa()) {
-#if defined(MOCO_FAST_X86_64)
-        case Isa::avx512:
-            return avx512::kPairs;
-        case Isa::avx2:
-            return avx2::kPairs;
-#endif
-        default:
-            return baseline::kPairs;
-    }
-}
-
 // A block of rows of one problem and what a thread keeps of it.
 struct Block {
     int64_t problem, first, count;  // rows [first, first + count) of the problem
+    float* positive;                // (count), scratch
     PairsSweep sweep;
 };
 
@@ -40,7 +28,7 @@ void for_each_block(const UnitRows& x, const UnitRows& y, const Pairing& pairing
                     bool weighted, int threads, const Work& work) {
     if (!(temperature > 0 && std::isfinite(temperature)))
         throw std::invalid_argument("temperature must be positive and finite");
-    const PairsIsa& isa = isa_table();
+    const PairsIsa& isa = MOCO_FAST_SELECTED(kPairs);
     // Rows and weighted sums of a block stay in L2 beside a tile of columns; blocks enough to balance any
     // usual number of cores.
     constexpr int64_t kBlockFloats = 32768, kBlockRows = 256, kBlocks = 32;
@@ -53,14 +41,14 @@ void for_each_block(const UnitRows& x, const UnitRows& y, const Pairing& pairing
     const int64_t tile = isa.tile * isa.panel;
     const auto packed = make_scratch<float>(threads * rows * features);
     const auto sums = make_scratch<float>(weighted ? threads * rows * features : 0);
-    const auto states = make_scratch<float>(threads * 2 * rows);
+    const auto states = make_scratch<float>(threads * 3 * rows);
     const auto scores = make_scratch<float>(threads * tile);
     const auto columns = make_scratch<int32_t>(threads * 2 * rows);
 
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = thread_index();
-        float *into = packed.get() + thread * rows * features, *state = states.get() + thread * 2 * rows;
+        float *into = packed.get() + thread * rows * features, *state = states.get() + thread * 3 * rows;
         float* sum = weighted ? sums.get() + thread * rows * features : nullptr;
         int32_t* left_out = columns.get() + thread * 2 * rows;
 #pragma omp for schedule(dynamic, 1)
@@ -69,6 +57,7 @@ void for_each_block(const UnitRows& x, const UnitRows& y, const Pairing& pairing
             block.problem = item / blocks;
             block.first = item % blocks * rows;
             block.count = std::min(rows, x.count - block.first);
+            block.positive = state + 2 * rows;
             const int64_t used = (block.count + isa.panel - 1) / isa.panel, lanes = used * isa.panel;
             block.sweep = {into,
                            used,
@@ -97,15 +86,18 @@ void for_each_block(const UnitRows& x, const UnitRows& y, const Pairing& pairing
     }
 }
 
-// The gradient to row i of a block from its weighted sum times `scale`, less `miss` of its positive `other`.
+// The gradient to row i of a block, whose weights times `scale` are probabilities, less `miss` of its
+// positive `other`.
 void gradient(const PairsIsa& isa, const Block& block, int64_t i, double scale, double miss,
               const float* other, const UnitRows& x, double temperature, float* dx) {
     const int64_t features = x.features, row = block.problem * x.count + block.first + i;
     const float *sum = block.sweep.weighted + lane(i, features, isa.panel),
                 *own = x.rows.get() + row * features;
     const int64_t panel = isa.panel;
+    const double of_sum = scale / temperature, of_other = other ? miss / temperature : 0.0;
+    if (!other) other = own;  // of which there is nothing
     const auto d_hat = [&](int64_t c) {
-        return (double(sum[c * panel]) * scale - (other ? miss * double(other[c]) : 0.0)) / temperature;
+        return double(sum[c * panel]) * of_sum - of_other * double(other[c]);
     };
     through_norm(features, x.norms[row], d_hat, [&](int64_t c) { return own[c]; }, dx + row * features);
 }
@@ -124,30 +116,29 @@ int64_t Pairing::positive(int64_t row, int64_t columns) const {
 }
 
 void first_pass(const UnitRows& x, const UnitRows& y, const Pairing& pairing, double temperature,
-                const Softmaxes& of_x, float* loss, float* dx, int threads) {
-    for_each_block(x, y, pairing, temperature, dx, threads, [&](const PairsIsa& isa, const Block& block) {
-        const PairsSweep& s = block.sweep;
-        const int64_t features = x.features, first = block.problem * x.count + block.first;
-        const auto positive = [&](int64_t i) { return s.y + s.left_out[i] * features; };
-        const auto cosine = [&](int64_t i) {
-            const float *a = x.rows.get() + (first + i) * features, *b = positive(i);
-            double total = 0;
-            for (int64_t c = 0; c < features; ++c) total += double(a[c]) * double(b[c]);
-            return float(total);
-        };
-        for (int64_t i = 0; i < block.count; ++i) of_x.max[first + i] = s.max[i] = cosine(i);
-        isa.first_pass(s);
-        for (int64_t i = 0; i < block.count; ++i) {
-            const CrossEntropy found = cross_entropy(s.max[i], s.sum[i], of_x.max[first + i], temperature);
-            loss[first + i] = float(found.loss);
-            of_x.max[first + i] = s.max[i];
-            of_x.share[first + i] = float(1.0 / found.total);
-            of_x.miss[first + i] = float(double(s.sum[i]) / found.total);
-            if (dx)
-                gradient(isa, block, i, 1.0 / found.total, double(s.sum[i]) / found.total, positive(i), x,
-                         temperature, dx);
-        }
-    });
+                Softmaxes& of_x, float* loss, float* dx, int threads) {
+    for_each_block(
+        x, y, pairing, temperature, dx != nullptr, threads, [&](const PairsIsa& isa, const Block& block) {
+            const PairsSweep& s = block.sweep;
+            const int64_t features = x.features, first = block.problem * x.count + block.first;
+            const auto positive = [&](int64_t i) { return s.y + s.left_out[i] * features; };
+            for (int64_t i = 0; i < block.count; ++i) {
+                const float *a = x.rows.get() + (first + i) * features, *b = positive(i);
+                s.max[i] = block.positive[i] =
+                    float(sum_of(features, [&](int64_t c) { return double(a[c]) * double(b[c]); }));
+            }
+            isa.first_pass(s);
+            for (int64_t i = 0; i < block.count; ++i) {
+                const CrossEntropy found = cross_entropy(s.max[i], s.sum[i], block.positive[i], temperature);
+                loss[first + i] = float(found.loss);
+                of_x.max[first + i] = s.max[i];
+                of_x.share[first + i] = float(1.0 / found.total);
+                of_x.miss[first + i] = float(double(s.sum[i]) / found.total);
+                if (dx)
+                    gradient(isa, block, i, 1.0 / found.total, double(s.sum[i]) / found.total, positive(i), x,
+                             temperature, dx);
+            }
+        });
 }
 
 void second_pass(const UnitRows& x, const UnitRows& y, const Pairing& pairing, double temperature,

@@ -41,10 +41,10 @@ struct Pairing {
     int64_t positive(int64_t row, int64_t columns) const;  // or -1
 };
 
-// x and y stay in use until the pass returns. dx (D, R, C) may be null in the first pass; of the sum of the
-// losses. Both throw std::invalid_argument for a temperature that is not positive and finite.
+// dx (D, R, C), of the sum of the losses, may be null in the first pass. Both throw std::invalid_argument for
+// a temperature that is not positive and finite.
 void first_pass(const UnitRows& x, const UnitRows& y, const Pairing& pairing, double temperature,
-                const Softmaxes& of_x, float* loss, float* dx, int threads);
+                Softmaxes& of_x, float* loss, float* dx, int threads);
 void second_pass(const UnitRows& x, const UnitRows& y, const Pairing& pairing, double temperature,
                  const Softmaxes& of_y, float* dx, int threads);
 

@@ -29,11 +29,10 @@ static inline CrossEntropy cross_entropy(float max, float sum, float positive, d
 template <class Gradient, class Unit>
 static inline void through_norm(int64_t features, float norm, const Gradient& d_hat, const Unit& x_hat,
                                 float* dx) {
-    double radial = 0;
-    for (int64_t c = 0; c < features; ++c) radial += d_hat(c) * double(x_hat(c));
-    if (norm < kNormFloor) radial = 0;
-    const double divisor = clamp_norm(norm);
-    for (int64_t c = 0; c < features; ++c) dx[c] = float((d_hat(c) - radial * double(x_hat(c))) / divisor);
+    const double radial =
+        norm < kNormFloor ? 0 : sum_of(features, [&](int64_t c) { return d_hat(c) * double(x_hat(c)); });
+    const double inverse = 1.0 / clamp_norm(norm);
+    for (int64_t c = 0; c < features; ++c) dx[c] = float((d_hat(c) - radial * double(x_hat(c))) * inverse);
 }
 
 }  // namespace moco_fast

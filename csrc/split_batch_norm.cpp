@@ -13,19 +13,6 @@
 namespace moco_fast {
 namespace {
 
-const NormIsa& kernels() {
-    switch (selected_isa()) {
-#if defined(MOCO_FAST_X86_64)
-        case Isa::avx512:
-            return avx512::kNorm;
-        case Isa::avx2:
-            return avx2::kNorm;
-#endif
-        default:
-            return baseline::kNorm;
-    }
-}
-
 // Parts cut into tiles, by the shape alone.
 struct Tiles {
     // Values of a channel in a tile: long enough that joining tiles costs nothing, short enough for sums in
@@ -84,7 +71,7 @@ int threads_for(const PartsShape& s, int threads) {
 
 void split_batch_norm(const SplitBatchNorm& a) {
     const Tiles tiles(a.shape);
-    const NormIsa& isa = kernels();
+    const NormIsa& isa = MOCO_FAST_SELECTED(kNorm);
     const int64_t channels = a.shape.channels, parts = a.shape.parts, count = tiles.count();
     const auto found = make_scratch<double>(2 * count * channels);  // per tile: means, squares
     const auto joined = make_scratch<double>(2 * parts * channels);
@@ -137,7 +124,7 @@ void split_batch_norm(const SplitBatchNorm& a) {
 
 void split_batch_norm_backward(const SplitBatchNormBackward& a) {
     const Tiles tiles(a.shape);
-    const NormIsa& isa = kernels();
+    const NormIsa& isa = MOCO_FAST_SELECTED(kNorm);
     const int64_t channels = a.shape.channels, parts = a.shape.parts, count = tiles.count();
     const auto found = make_scratch<double>(2 * count * channels);   // per tile: sums of dy and dy (x - mean)
     const auto joined = make_scratch<double>(2 * parts * channels);  // per part: shares of db and dw
