@@ -180,7 +180,7 @@ def pytest_terminal_summary(terminalreporter):
         if unsupported := [isa for isa in compiled if isa not in native._C.isas()]:
             missing.append(f"CPU kernels for {', '.join(unsupported)} (compiled, but this CPU lacks them)")
         if not native.has_bf16_units():
-            missing.append("bf16 matrix units (this CPU has none; the bf16 path ran in fp32)")
+            missing.append("bf16 matrix units (this CPU has none)")
     if reason := triton.cannot_serve("info_nce", ()):
         missing.append(f"Triton kernels ({reason})")
     elif triton.interpreted() and (reason := interpreter_fault()):

@@ -271,7 +271,7 @@ def test_default_dtype_and_autocast_do_not_matter(backend, dtype, precision, mon
 @pytest.mark.parametrize("need_dq", [True, False])
 @pytest.mark.parametrize("shape", [(1, 5, 3), (37, 5000, 64), (130, 2049, 33)], ids=str)
 def test_bf16_path_by_tiles(shape, need_dq, monkeypatch):
-    """The path through torch's GEMM: fp32 on a CPU without bf16 units, so its logic is tested anywhere."""
+    """The path through torch's GEMM: in fp32 where a CPU multiplies no bf16, to test its logic anywhere."""
     if reason := native.unavailable():
         pytest.skip(f"native backend: {reason}")
     q, k, queue = make(*shape, clustered=True)

@@ -125,6 +125,17 @@ def test_dtypes(backend, device, kind, dtype):
         close(got, want, dtype, factor=2 if dtype.itemsize == 2 else 8)
 
 
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+def test_sgd_is_torchs_with_any_instructions(isa, options):
+    test_sgd_is_torchs_bit_for_bit("native", None, "cpu", options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [SGD, AdamW, LARS])
+def test_dtypes_with_any_instructions(isa, kind, dtype):
+    test_dtypes("native", "cpu", kind, dtype)
+
+
 @pytest.mark.parametrize("kind", [SGD, AdamW, LARS])
 def test_slices_mixed_dtypes_and_odd_layouts(backend, device, kind):
     """Gradients that are views into a bucket, transposes, keys of another dtype: by kernel or not."""
