@@ -29,7 +29,7 @@ struct Contrast {
     int threads;
 };
 
-// Throws std::invalid_argument for impossible sizes and std::bad_alloc, before anything is written.
+// Throws std::invalid_argument for impossible sizes or temperatures, before anything is written.
 void contrast(const Contrast& args);
 
 }  // namespace moco_fast

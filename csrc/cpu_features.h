@@ -25,7 +25,7 @@ const Table& pick(const Table& baseline, const Table& avx2, const Table& avx512)
 
 }  // namespace moco_fast
 
-// The table of this name of the instruction set in use: one lies in the namespace of each.
+// The table or function of this name of the instruction set in use: one lies in the namespace of each.
 #if defined(MOCO_FAST_X86_64)
 #define MOCO_FAST_SELECTED(table) ::moco_fast::pick(baseline::table, avx2::table, avx512::table)
 #else

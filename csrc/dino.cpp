@@ -15,15 +15,13 @@
 namespace moco_fast {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Maximum, and sum of exponentials above it, of a row over all prototypes, from those of the runs.
 struct Softmax {
     double max = -std::numeric_limits<double>::infinity(), sum = 0, cross = 0;
 
-    void add(float run_max, float run_sum, float run_cross, double temperature) {
+    void add(float run_max, float run_sum, double run_cross, double temperature) {
         const double top = run_max > max ? run_max : max;
         const double scale = std::exp((max - top) / temperature);
         const double run_scale = std::exp((run_max - top) / temperature);
@@ -42,14 +40,16 @@ void dino(const Dino& a) {
     if (a.count < 1 || a.prototypes_dtype == DType::f64 || a.teacher_prototypes_dtype == DType::f64)
         throw std::invalid_argument("dino: there must be a prototype, and none of f64");
     const DinoIsa& isa = MOCO_FAST_SELECTED(kDino);
-    const int threads = std::max(1, a.threads);
+    const int threads = a.rows * a.count * a.features < kParallelProducts ? 1 : std::max(1, a.threads);
     const int64_t features = a.features, panel = isa.panel;
     const UnitRows student(a.student, a.rows_dtype, 1, a.rows, features, threads);
     const UnitRows teacher(a.teacher, a.rows_dtype, 1, a.rows, features, threads);
 
-    // Runs of prototypes, enough to balance any usual number of cores.
-    constexpr int64_t kRuns = 32;
-    const int64_t tiles = ceil_div(a.count, isa.tile), run_tiles = ceil_div(tiles, std::min(tiles, kRuns));
+    // Runs of prototypes: enough to balance any usual number of cores, few enough that their sums stay
+    // smaller than the logits.
+    const int64_t tiles = ceil_div(a.count, isa.tile);
+    const int64_t wanted = std::min(tiles, std::clamp<int64_t>(a.count / (2 * features), 8, 32));
+    const int64_t run_tiles = ceil_div(tiles, wanted);
     const int64_t runs = ceil_div(tiles, run_tiles), run = run_tiles * isa.tile;
     const int64_t panels = ceil_div(a.rows, panel), rows = panels * panel;
     const int64_t width = ceil_div(features, panel) * panel, scores = isa.tile * panel;
@@ -58,7 +58,7 @@ void dino(const Dino& a) {
     const auto student_panels = make_scratch<float>(rows * features);
     const auto teacher_panels = make_scratch<float>(rows * features);
     const auto columns = make_scratch<float>(a.dw ? rows * width : 0);
-    const auto state = make_scratch<float>(5 * runs * rows);
+    const auto state = make_scratch<float>(6 * runs * rows);
     const auto found = make_scratch<float>(4 * rows);
     const auto sums = make_scratch<float>(a.ds ? runs * rows * features : 0);
     const int64_t per_thread = (isa.group + 1) * scores + 2 * isa.tile * features + isa.tile * width;
@@ -82,6 +82,7 @@ void dino(const Dino& a) {
         DinoScan scan = {};
         scan.student = student_panels.get();
         scan.teacher = teacher_panels.get();
+        scan.rows = a.rows;
         scan.panels = panels;
         scan.features = features;
         scan.prototypes = from(a.prototypes, a.prototypes_dtype);
@@ -99,13 +100,14 @@ void dino(const Dino& a) {
         scan.dw_tile = scan.teacher_tile + isa.tile * features;
         return scan;
     };
-    // The five numbers of every row of a run.
+    // The six numbers of every row of a run; the second sweep needs the first four.
     const auto point = [rows](DinoScan& scan, float* at) {
         scan.student_max = at;
         scan.teacher_max = at + rows;
         scan.student_sum = at + 2 * rows;
         scan.teacher_sum = at + 3 * rows;
-        scan.cross = at + 4 * rows;
+        scan.shift = at + 4 * rows;
+        scan.cross = at + 5 * rows;
     };
 
 #pragma omp parallel num_threads(threads)
@@ -113,18 +115,20 @@ void dino(const Dino& a) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t index = 0; index < runs; ++index) {
             DinoScan scan = scan_of(index);
-            point(scan, state.get() + index * 5 * rows);
-            std::fill_n(scan.student_max, 2 * rows, -std::numeric_limits<float>::infinity());
-            std::fill_n(scan.student_sum, 3 * rows, 0.0f);
+            point(scan, state.get() + index * 6 * rows);
+            // Not from -inf, which would meet itself where a center or a prototype masks a whole tile.
+            std::fill_n(scan.student_max, 2 * rows, std::numeric_limits<float>::lowest());
+            std::fill_n(scan.student_sum, 4 * rows, 0.0f);
             isa.first_sweep(scan);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; ++i) {
             Softmax s, t;
             for (int64_t index = 0; index < runs; ++index) {
-                const float* at = state.get() + index * 5 * rows + i;
-                s.add(at[0], at[2 * rows], 0.0f, student_t);
-                t.add(at[rows], at[3 * rows], at[4 * rows], teacher_t);
+                const float* at = state.get() + index * 6 * rows + i;
+                s.add(at[0], at[2 * rows], 0.0, student_t);
+                const double cross = double(at[5 * rows]) + double(at[4 * rows]) * double(at[3 * rows]);
+                t.add(at[rows], at[3 * rows], cross, teacher_t);
             }
             if (i < a.rows) a.loss[i] = float(std::log(s.sum) + (s.max - t.cross / t.sum) / student_t);
             found[i] = float(s.max);
@@ -136,7 +140,7 @@ void dino(const Dino& a) {
         for (int64_t index = 0; index < (gradient ? runs : 0); ++index) {
             DinoScan scan = scan_of(index);
             point(scan, found.get());
-            scan.cross = nullptr;
+            scan.shift = scan.cross = nullptr;
             if (a.ds) {
                 scan.ds = sums.get() + index * rows * features;
                 std::fill_n(scan.ds, rows * features, 0.0f);

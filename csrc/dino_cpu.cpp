@@ -13,7 +13,7 @@ constexpr int64_t kGroup = 4;  // 4 panels of weights stay in L1 while their pro
 // time.
 struct Outer {
     const float* weights;  // (groups, tile, panel)
-    int64_t groups;
+    int64_t rows;          // of the group
     const float* columns;  // (groups, panel, panel): of the rows of the group, the features of the panel
     float* out;            // (tile, width), of which this panel
     int64_t width;
@@ -22,9 +22,9 @@ struct Outer {
     template <int R>
     MOCO_FAST_INLINE void run(const Outer& t, int64_t j) {
         Vec acc[R][2] = {};
-        for (int64_t g = 0; g < t.groups; ++g)
-            product<R>(t.weights + (g * kTile + j) * kPanel, kPanel, 1, t.columns + g * kPanel * kPanel,
-                       kPanel, acc);
+        for (int64_t row = 0; row < t.rows; row += kPanel)
+            product<R>(t.weights + row * kTile + j * kPanel, kPanel, 1, t.columns + row * kPanel,
+                       t.rows - row < kPanel ? t.rows - row : kPanel, acc);
         float* out = t.out + j * t.width;
         for (int r = 0; r < R; ++r, out += t.width) {
             store(out, t.add ? load(out) + acc[r][0] : acc[r][0]);
@@ -65,13 +65,18 @@ void first_sweep(const DinoScan& a) {
         for (int64_t at = 0; at < a.panels * kPanel; at += kPanel) {
             float *student = a.student_scores, *teacher = a.teacher_scores;
             score(a, tile, at, student, teacher);
-            Vec scale[2], cross[2] = {};
+            Vec scale[2], cross[2] = {}, shift[2];
+            for (int v = 0; v < 2; ++v) {
+                // The scores of a row may have much in common, which must not cost the loss its digits.
+                if (first == 0) store(a.shift + at + v * kLanes, load(student + v * kLanes));
+                shift[v] = load(a.shift + at + v * kLanes);
+            }
             softmax_tile(teacher, tile.count, a.teacher_scale, a.teacher_max + at, a.teacher_sum + at, scale,
                          [](int, Vec) {});
             for (int64_t j = 0; j < tile.count; ++j)
                 for (int v = 0; v < 2; ++v) {
                     const int64_t to = j * kPanel + v * kLanes;
-                    cross[v] += load(teacher + to) * load(student + to);
+                    cross[v] += load(teacher + to) * (load(student + to) - shift[v]);
                 }
             for (int v = 0; v < 2; ++v) {
                 float* to = a.cross + at + v * kLanes;
@@ -100,7 +105,7 @@ MOCO_FAST_INLINE void weigh(const DinoScan& a, int64_t count, int64_t at, float*
 }
 
 void second_sweep(const DinoScan& a) {
-    const int64_t rows = a.panels * kPanel, width = (a.features + kPanel - 1) / kPanel * kPanel;
+    const int64_t padded = a.panels * kPanel, width = (a.features + kPanel - 1) / kPanel * kPanel;
     for (int64_t first = 0; first < a.count; first += kTile) {
         const Tile tile = tile_at(a, first);
         for (int64_t group = 0; group < a.panels; group += kGroup) {
@@ -114,10 +119,12 @@ void second_sweep(const DinoScan& a) {
                     run_grouped(a.features, Weighted{tile.student, weights, tile.count, a.features,
                                                      a.ds + at * a.features, splat(1.0f), splat(1.0f)});
             }
+            const int64_t done = group * kPanel, left = a.rows - done;
             for (int64_t c = 0; a.dw && c < width; c += kPanel)
-                run_grouped(tile.count, Outer{a.student_scores, groups,
-                                              a.student_columns + c * rows + group * kPanel * kPanel,
-                                              a.dw_tile + c, width, group > 0});
+                run_grouped(
+                    tile.count,
+                    Outer{a.student_scores, left < groups * kPanel ? left : groups * kPanel,
+                          a.student_columns + c * padded + done * kPanel, a.dw_tile + c, width, group > 0});
         }
         for (int64_t j = 0; a.dw && j < tile.count; ++j)
             for (int64_t c = 0; c < a.features; ++c)

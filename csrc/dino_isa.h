@@ -10,22 +10,25 @@ namespace moco_fast {
 
 // A run of prototypes, and of their center, against all rows. Logits are above T here: dot products.
 struct DinoScan {
-    const float *student, *teacher;  // (panels, C, panel), unit
-    int64_t panels, features;
+    const float *student, *teacher;               // (panels, C, panel), unit
+    int64_t rows, panels, features;               // the last panel is filled up with zero rows
     const void *prototypes, *teacher_prototypes;  // (count, C), the first of the run
     DType prototypes_dtype, teacher_prototypes_dtype;
-    const float* center;                     // (count)
-    int64_t count;                           // prototypes of the run
-    float student_scale, teacher_scale;      // log2(e) / T
-    float *student_max, *teacher_max;        // (panels, panel); first sweep: running, from -inf
-    float *student_sum, *teacher_sum;        // first sweep: running; second: 1 / (T_s total)
-    float* cross;                            // first sweep: running sum_p exp((t - max)/T_t) s
-    float* ds;                               // second: (panels, C, panel) +=, or null
-    float* dw;                               // second: (count, C), or null
-    const float* student_columns;            // second: (ceil(C / panel), rows, panel) of unit rows, if dw
-    float *student_scores, *teacher_scores;  // scratch, (group, tile, panel) and (tile, panel)
-    float *prototypes_tile, *teacher_tile,
-        *dw_tile;  // scratch, (tile, C), (tile, C), (tile, C padded to panel)
+    const float* center;  // (count)
+    int64_t count;
+    float student_scale, teacher_scale;  // log2(e) / T
+    // (panels, panel) each. First sweep: the running maxima, from the lowest number, the sums above them, the
+    // first student score of the run, and the sum_p exp((t - max)/T_t) (s - shift). Second sweep: the maxima
+    // over all prototypes, and as sums 1 / (T_s total).
+    float *student_max, *teacher_max, *student_sum, *teacher_sum, *shift, *cross;
+    // Second sweep.
+    float* ds;                     // (panels, C, panel) +=, or null
+    float* dw;                     // (count, C), or null
+    const float* student_columns;  // (ceil(C / panel), panels * panel, panel) of the unit rows, if dw
+    // Scratch.
+    float *student_scores, *teacher_scores;  // (group, tile, panel), (tile, panel)
+    float *prototypes_tile, *teacher_tile;   // (tile, C)
+    float* dw_tile;                          // (tile, C rounded up to panel)
 };
 
 struct DinoIsa {

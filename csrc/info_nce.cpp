@@ -3,13 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 #include "cpu_features.h"
 #include "info_nce_isa.h"
 #include "parallel.h"
 #include "softmax_loss.h"
+#include "unit_rows.h"
 
 namespace moco_fast {
 namespace {
@@ -17,8 +17,6 @@ namespace {
 void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How the work is cut; a function of the shapes and the instruction set, never of the number of threads.
 struct Plan {
@@ -39,30 +37,6 @@ struct Plan {
         splits = ceil_div(tiles, split_tiles);
     }
 };
-
-// Rows of a panel side by side, unit, zero beyond the last query; returns norms.
-template <class T>
-void pack_panel(const T* rows, int64_t count, int64_t features, int64_t panel, float* packed, float* norms) {
-    for (int64_t w = 0; w < panel; ++w) {
-        norms[w] = w < count ? row_norm(rows + w * features, features) : 1.0f;
-        const float divisor = clamp_norm(norms[w]);
-        for (int64_t c = 0; c < features; ++c)
-            packed[c * panel + w] = w < count ? to_float(rows[w * features + c]) / divisor : 0.0f;
-    }
-}
-
-void pack_panel(const void* rows, DType dtype, int64_t first, int64_t count, int64_t features, int64_t panel,
-                float* packed, float* norms) {
-    const int64_t at = first * features;
-    switch (dtype) {
-        case DType::f32:
-            return pack_panel(static_cast<const float*>(rows) + at, count, features, panel, packed, norms);
-        case DType::bf16:
-            return pack_panel(static_cast<const bf16_t*>(rows) + at, count, features, panel, packed, norms);
-        default:
-            return pack_panel(static_cast<const f16_t*>(rows) + at, count, features, panel, packed, norms);
-    }
-}
 
 // Loss and gradient of one query from its finished softmax; element c of a vector lies at [c * stride].
 struct Query {
@@ -115,8 +89,10 @@ void info_nce(const InfoNce& a) {
     const int threads = std::max(1, a.threads);
     const int64_t width = isa.panel, padded = plan.panels * width, panel_size = width * a.features;
 
+    const UnitRows q_rows(a.q, a.qk_dtype, 1, a.n, a.features, threads);
+    const UnitRows k_rows(a.k, a.qk_dtype, 1, a.n, a.features, threads);
     Scratch<float> q = make_scratch<float>(padded * a.features), k = make_scratch<float>(padded * a.features);
-    Scratch<float> norms = make_scratch<float>(padded), cosine = make_scratch<float>(padded);
+    Scratch<float> cosine = make_scratch<float>(padded);
     Scratch<float> state = make_scratch<float>(3 * plan.splits * padded);
     Scratch<int32_t> ranks = make_scratch<int32_t>(plan.splits * padded);
     Scratch<float> weighted = make_scratch<float>(a.dq ? plan.splits * padded * a.features : 0);
@@ -130,11 +106,10 @@ void info_nce(const InfoNce& a) {
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < plan.panels; ++p) {
             const int64_t first = p * width, count = std::min(width, a.n - first);
-            float* at = q.get() + p * panel_size;
-            pack_panel(a.k, a.qk_dtype, first, count, a.features, width, k.get() + p * panel_size,
-                       norms.get() + first);
-            pack_panel(a.q, a.qk_dtype, first, count, a.features, width, at, norms.get() + first);
-            isa.positive(at, k.get() + p * panel_size, a.features, cosine.get() + first);
+            float *q_at = q.get() + p * panel_size, *k_at = k.get() + p * panel_size;
+            to_panels(q_rows.rows.get() + first * a.features, count, a.features, width, q_at);
+            to_panels(k_rows.rows.get() + first * a.features, count, a.features, width, k_at);
+            isa.positive(q_at, k_at, a.features, cosine.get() + first);
         }
 
 #pragma omp for schedule(dynamic, 1)
@@ -174,9 +149,9 @@ void info_nce(const InfoNce& a) {
             merge_splits(isa, plan.splits, padded, a.features, a.temperature, s, sums);
             for (int64_t w = 0; w < count; ++w) {
                 const int64_t i = first + w, at = p * panel_size + w;
-                const Query x = {s.max[w],     s.sum[w],     s.cosine_sum[w],
-                                 cosine[i],    norms[i],     a.dq ? sums + w : nullptr,
-                                 q.get() + at, k.get() + at, width};
+                const Query x = {s.max[w],     s.sum[w],        s.cosine_sum[w],
+                                 cosine[i],    q_rows.norms[i], a.dq ? sums + w : nullptr,
+                                 q.get() + at, k.get() + at,    width};
                 finish(x, a.negatives, a.features, a.temperature, a.loss + i,
                        a.dq ? a.dq + i * a.features : nullptr, a.neg + i);
                 a.rank[i] = s.rank[w];

@@ -9,8 +9,8 @@
 // with l the negatives' and e the positive's exponentials under one shift. Rows of the queue may have any
 // norm: the shift is an online maximum. Never in memory: the N x K logits, their softmax, a transposed or
 // packed queue. Cost: 4 N K C FLOPs and N K exponentials; the queue is read once per block of up to 256
-// queries from memory and twice from cache. Scratch: 4 MB of partial sums, plus 8 N C bytes. Forward alone is
-// half the FLOPs, no scratch.
+// queries from memory and twice from cache. Scratch: 4 MB of partial sums, plus 16 N C bytes. Forward alone
+// is half the FLOPs, no scratch.
 //
 // The work is cut by the shapes alone and the parts are added in a fixed order, so the result is bitwise the
 // same for any number of threads. A NaN or infinity in a row of q, k or the queue makes the losses it enters

@@ -57,16 +57,7 @@ void scan(const InfoNceScan& a) {
 }
 
 void positive(const float* queries, const float* keys, int64_t features, float* cosine) {
-    for (int v = 0; v < 2; ++v) {
-        Vec total{};
-        for (int64_t first = 0; first < features; first += kDepth) {
-            Vec acc{};
-            for (int64_t c = first; c < features && c < first + kDepth; ++c)
-                acc += load(keys + c * kPanel + v * kLanes) * load(queries + c * kPanel + v * kLanes);
-            total = total + acc;
-        }
-        store(cosine + v * kLanes, total);
-    }
+    paired_scores(queries, keys, features, cosine);
 }
 
 void merge(float* into, const float* from, const float* into_scale, const float* from_scale,

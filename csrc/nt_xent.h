@@ -27,7 +27,7 @@ struct NtXent {
     int threads;
 };
 
-// Throws std::invalid_argument for impossible sizes and std::bad_alloc, before anything is written.
+// Throws std::invalid_argument for impossible sizes or temperatures, before anything is written.
 void nt_xent(const NtXent& args);
 
 }  // namespace moco_fast

@@ -8,32 +8,13 @@
 namespace moco_fast {
 namespace {
 
-struct Kernels {
-    decltype(&baseline::sgd_chunk) sgd;
-    decltype(&baseline::sgd_squares) squares;
-    decltype(&baseline::adamw_chunk) adamw;
-};
-
-Kernels kernels() {
-    switch (selected_isa()) {
-#if defined(MOCO_FAST_X86_64)
-        case Isa::avx512:
-            return {avx512::sgd_chunk, avx512::sgd_squares, avx512::adamw_chunk};
-        case Isa::avx2:
-            return {avx2::sgd_chunk, avx2::sgd_squares, avx2::adamw_chunk};
-#endif
-        default:
-            return {baseline::sgd_chunk, baseline::sgd_squares, baseline::adamw_chunk};
-    }
-}
-
 // What every tensor's update is multiplied by: sums of chunks, added in their order whatever thread made
 // them.
 std::vector<double> trust_ratios(const TensorRows& rows, const std::vector<Chunk>& chunks,
                                  const SgdStep& step, int threads) {
     std::vector<double> ratios(rows.size(), 1.0);
     if (step.trust == 0) return ratios;
-    const auto squares = kernels().squares;
+    const auto squares = &MOCO_FAST_SELECTED(sgd_squares);
     std::vector<double> parts(2 * chunks.size()), sums(2 * rows.size(), 0.0);
     for_each_chunk(chunks, threads, [&](int64_t i, const Chunk& chunk) {
         squares(rows[chunk.row], chunk.begin, chunk.end, step, &parts[2 * i]);
@@ -49,14 +30,14 @@ std::vector<double> trust_ratios(const TensorRows& rows, const std::vector<Chunk
 void sgd_step(const TensorRows& rows, const SgdStep& step, double lr, double m, int threads) {
     const std::vector<Chunk> chunks = chunks_of(rows);
     const std::vector<double> ratios = trust_ratios(rows, chunks, step, threads);
-    const auto update = kernels().sgd;
+    const auto update = &MOCO_FAST_SELECTED(sgd_chunk);
     for_each_chunk(chunks, threads, [&](int64_t, const Chunk& chunk) {
         update(rows[chunk.row], chunk.begin, chunk.end, step, lr, ratios[chunk.row], m);
     });
 }
 
 void adamw_step(const TensorRows& rows, const AdamwStep& step, double lr, double m, int threads) {
-    const auto update = kernels().adamw;
+    const auto update = &MOCO_FAST_SELECTED(adamw_chunk);
     for_each_chunk(chunks_of(rows), threads, [&](int64_t, const Chunk& chunk) {
         update(rows[chunk.row], chunk.begin, chunk.end, step, lr, m);
     });

@@ -27,6 +27,8 @@ struct PairsSweep {
 struct PairsIsa {
     int64_t panel;  // rows of x per panel
     int64_t tile;   // columns per step
+    // Cosines of the rows of a panel and of as many others, with the rounding of all cosines of a pass.
+    void (*positive)(const float* x, const float* y, int64_t features, float* cosines);
     void (*first_pass)(const PairsSweep&);
     void (*second_pass)(const PairsSweep&);
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 
@@ -18,6 +19,11 @@ inline int thread_index() {
     return 0;
 #endif
 }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Below this many multiplications one thread is done before the others wake.
+constexpr int64_t kParallelProducts = 1 << 18;
 
 // Aligned to a cache line and uninitialised: the thread that writes a page first also maps it.
 struct ScratchDelete {

@@ -18,7 +18,7 @@ namespace MOCO_FAST_ISA {
 namespace {
 
 constexpr int64_t kPanel = 2 * kLanes;
-// Rows of the queue per softmax step: 96 x 128 fp32 (48 KB) stream from L2; shorter tiles spend more on
+// Rows per softmax step: 96 x 128 fp32 (48 KB) stream from L2; shorter tiles spend more on
 // loading and storing the weighted sums, longer ones evict the panel.
 constexpr int64_t kTile = 96;
 // Longest chain of additions in a dot product. The cosine of a good positive is a sum of C terms of one sign,
@@ -61,6 +61,21 @@ struct Scores {
         }
     }
 };
+
+// Score of every query of a panel with its own row, with the rounding of `Scores`: a row equal to it ties.
+MOCO_FAST_INLINE void paired_scores(const float* queries, const float* rows, int64_t features,
+                                    float* scores) {
+    for (int v = 0; v < 2; ++v) {
+        Vec total{};
+        for (int64_t first = 0; first < features; first += kDepth) {
+            Vec acc{};
+            for (int64_t c = first; c < features && c < first + kDepth; ++c)
+                acc += load(rows + c * kPanel + v * kLanes) * load(queries + c * kPanel + v * kLanes);
+            total = total + acc;
+        }
+        store(scores + v * kLanes, total);
+    }
+}
 
 struct Weighted {
     const float *rows, *weights;

@@ -31,9 +31,8 @@ void to_unit(const void* raw, DType dtype, int64_t row, int64_t features, float*
 
 }  // namespace
 
-UnitRows::UnitRows(const void* raw, DType dtype, int64_t problems, int64_t count, int64_t features,
-                   int threads)
-    : problems(problems), count(count), features(features) {
+UnitRows::UnitRows(const void* raw, DType dtype, int64_t d, int64_t r, int64_t c, int threads)
+    : problems(d), count(r), features(c) {
     if (problems < 1 || count < 1 || features < 1 || count > std::numeric_limits<int32_t>::max() ||
         dtype == DType::f64)
         throw std::invalid_argument(
@@ -47,7 +46,7 @@ UnitRows::UnitRows(const void* raw, DType dtype, int64_t problems, int64_t count
 }
 
 void to_panels(const float* rows, int64_t count, int64_t features, int64_t panel, float* packed) {
-    std::fill_n(packed, (count + panel - 1) / panel * panel * features, 0.0f);
+    std::fill_n(packed, ceil_div(count, panel) * panel * features, 0.0f);
     for (int64_t i = 0; i < count; ++i) {
         float* at = packed + lane(i, features, panel);
         for (int64_t c = 0; c < features; ++c) at[c * panel] = rows[i * features + c];

@@ -11,7 +11,7 @@ namespace moco_fast {
 // Of D problems, in fp32.
 struct UnitRows {
     // Throws std::invalid_argument for impossible sizes.
-    UnitRows(const void* raw, DType dtype, int64_t problems, int64_t count, int64_t features, int threads);
+    UnitRows(const void* raw, DType dtype, int64_t d, int64_t r, int64_t c, int threads);
 
     int64_t problems, count, features;
     Scratch<float> rows;   // (D, R, C)

@@ -104,6 +104,17 @@ def test_tiny_losses_keep_their_digits(backend, precision):
         assert relative(got, exact) <= max(1e-3, torch.finfo(OPERAND[precision]).eps)
 
 
+@pytest.mark.parametrize("features", [17, 128, 512])
+def test_collapsed_batch(backend, features):
+    """Rows that are all equal: every logit is rounded alike, and the loss is log(M) to the last digits."""
+    x = torch.randn(features).expand(1, 70, features)
+    rows, *_ = fused(x, x, 0.07)
+    bound = (
+        1e-4 if backend == "triton" else 1e-6
+    )  # 1e-4: pairs of fp16 and the fp32 positive differ by 2^-22 / T
+    assert (rows.double() - torch.tensor(70.0).double().log()).abs().max() < bound
+
+
 def test_zero_rows_follow_normalize(backend):
     q, k = make(1, 4, 6, 8)
     q[0, 1] = k[0, 2] = 0

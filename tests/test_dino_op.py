@@ -110,6 +110,55 @@ def test_any_center_and_any_norm_of_prototypes(backend):
         assert relative(got, exact) <= 2 * relative(from_eager, exact) + 2e-5
 
 
+@pytest.mark.parametrize("shape", [(130, 96, 17), (33, 200, 200), (40, 1000, 64)], ids=str)
+def test_logits_with_much_in_common(backend, shape):
+    """Rows and long prototypes near one direction: the loss is far smaller than the logits."""
+    direction = F.normalize(torch.randn(shape[2]), dim=0)
+    student, teacher, prototypes, teacher_prototypes, center = make(*shape)
+    rows = (direction + 0.01 * student, direction + 0.1 * teacher)
+    inputs = *rows, 10 * direction + prototypes, 10 * direction + teacher_prototypes, center
+    want, *_ = formula(*inputs, TEMPERATURES)
+    eager, *_ = formula(*inputs, TEMPERATURES, torch.float32)
+    found, *_ = fused(*inputs)
+    exact = 2e-4 if backend == "triton" else 1e-5  # 2e-4: of pairs of fp16, 22 bits of logits of 10 / T_s
+    assert (found - want).abs().max() <= 2 * (eager - want).abs().max() + exact
+
+
+def masked(center):
+    """Inputs whose loss and gradients know nothing of the prototypes whose center is infinite."""
+    student, teacher, prototypes, teacher_prototypes, _ = make(5, 300, 16)
+    inputs = student, teacher, prototypes, teacher_prototypes, center
+    return inputs, formula(*inputs, TEMPERATURES)
+
+
+@pytest.mark.parametrize("which", [slice(0, 96), slice(100, None), slice(3, 4)], ids=str)
+@pytest.mark.parametrize("block", [2**18, 64 * 5], ids=["whole", "blocks"])
+def test_masked_prototypes_of_the_reference(monkeypatch, which, block):
+    monkeypatch.setattr("moco_fast.reference.distillation.BLOCK_LOGITS", block)
+    center = torch.zeros(300)
+    center[which] = torch.inf
+    inputs, want = masked(center)
+    with moco_fast.use_backend("reference"):
+        assert all(relative(*pair) < 1e-5 for pair in zip(fused(*inputs), want, strict=True))
+
+
+@pytest.mark.parametrize("which", [slice(0, 96), slice(100, None), slice(3, 4)], ids=str)
+def test_masked_prototypes_of_the_kernels(isa, which):
+    center = torch.zeros(300)
+    center[which] = torch.inf
+    inputs, want = masked(center)
+    assert all(relative(*pair) < 1e-5 for pair in zip(fused(*inputs), want, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 70])
+def test_rows_that_fill_up_a_panel_reach_no_gradient(isa, rows):
+    """Their scores are 0 * inf, of a teacher's prototype that has no weight for the others."""
+    inputs = make(rows, 300, 16)
+    inputs[1].abs_()
+    inputs[3][3] = -torch.inf
+    assert all(torch.isfinite(x).all() for x in fused(*inputs))
+
+
 @pytest.mark.parametrize("precision", checks.PRECISIONS)
 def test_widest_rows(backend, precision):
     """Of 512 features: tiles of their own, or none for pairs of operands."""

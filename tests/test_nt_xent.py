@@ -96,6 +96,17 @@ def test_tiny_losses_keep_their_digits(backend, precision):
     assert relative(dz, want_dz) <= max(1e-3, torch.finfo(OPERAND[precision]).eps)
 
 
+@pytest.mark.parametrize("features", [17, 128, 512])
+def test_collapsed_batch(backend, features):
+    """Rows that are all equal: logits are rounded alike, and the loss is log(2N - 1) to the last digits."""
+    z = torch.randn(features).expand(35, features)
+    rows, _ = fused(z, z, 0.07)
+    bound = (
+        1e-4 if backend == "triton" else 1e-6
+    )  # 1e-4: pairs of fp16 and the fp32 positive differ by 2^-22 / T
+    assert (rows.double() - torch.tensor(69.0).double().log()).abs().max() < bound
+
+
 def test_zero_rows_follow_normalize(backend):
     z1, z2 = make(4, 8)
     z1[1] = 0

@@ -50,7 +50,8 @@ def dino(
 
     Returns:
         The loss in fp32 (float64 if a tensor is float64), a scalar, or (N,) for "none".
-        A non-finite row of student or teacher gives that row a non-finite loss, one of prototypes all rows.
+        A non-finite row of student or teacher gives that row a non-finite loss, a non-finite student's
+        prototype all rows, as does a teacher's unless its logit is -inf: such a prototype has no weight.
         It can be differentiated once; a second derivative raises.
 
     Raises:

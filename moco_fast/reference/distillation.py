@@ -59,10 +59,11 @@ def dino(
 
     found = []
     for _, s, t in blocks():
-        top_s, top_t = s.amax(dim=1), t.amax(dim=1)
+        # No -inf, which would meet itself where a block is masked, by a center of infinity say.
+        top_s, top_t = (x.amax(dim=1).clamp_min(torch.finfo(dtype).min) for x in (s, t))
         e = t.sub_(top_t[:, None]).exp_()
-        cross = (e * s).sum(dim=1)
-        total_s = s.sub_(top_s[:, None]).exp_().sum(dim=1)
+        cross = (e * s.sub_(top_s[:, None])).sum(dim=1)  # what all scores have in common costs it no digits
+        total_s = s.exp_().sum(dim=1)
         found.append(torch.stack([top_s, total_s, top_t, e.sum(dim=1), cross]))
     # Not through log-sum-exps: rounded at the size of 1 / T_t they would leave weights that do not sum to 1.
     tops_s, totals_s, tops_t, totals_t, crosses = torch.stack(found, dim=1)  # each (blocks, N)
@@ -70,7 +71,8 @@ def dino(
     total_s = (totals_s * torch.exp(tops_s - top_s)).sum(dim=0)
     lift_t = torch.exp(tops_t - top_t)
     total_t = (totals_t * lift_t).sum(dim=0)
-    loss = total_s.log() + top_s - (crosses * lift_t).sum(dim=0) / total_t
+    crosses = crosses + totals_t * (tops_s - top_s)
+    loss = total_s.log() - (crosses * lift_t).sum(dim=0) / total_t
 
     ds = loss.new_empty((0, student.shape[1]))
     dw = loss.new_empty((len(prototypes) if need_dw else 0, student.shape[1]))

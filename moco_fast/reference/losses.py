@@ -116,13 +116,13 @@ def nt_xent(
     rows = z.shape[0]
     index = torch.arange(rows, device=z.device)
     other = index.roll(rows // 2)
-    positive = (z_hat * z_hat[other]).sum(dim=1) / temperature
-    loss, miss = torch.empty_like(positive), torch.empty_like(positive)
+    loss, miss = z_hat.new_empty(rows), z_hat.new_empty(rows)
     dz_hat = torch.zeros_like(z_hat[: rows if need_dz else 0])
     for block in row_blocks(rows, rows):
         logits = (z_hat[block] @ z_hat.t()).div_(temperature)  # (rows of the block, 2N)
+        positive = logits.gather(1, other[block, None])[:, 0]
         logits.scatter_(1, torch.stack([index[block], other[block]], dim=1), -torch.inf)
-        loss[block], exps, total, miss[block] = _cross_entropy(positive[block], logits)
+        loss[block], exps, total, miss[block] = _cross_entropy(positive, logits)
         if need_dz:
             dz_hat[block] += exps @ z_hat / total[:, None]
             dz_hat.addmm_(exps.t(), z_hat[block] / total[:, None])
@@ -165,14 +165,15 @@ def contrast(
     index = torch.arange(rows, device=q.device)
     own = slice(labels, labels + rows)
     own_hat = k_hat[:, own]
-    positive = (q_hat * own_hat).sum(dim=2) / temperature
-    loss = torch.empty_like(positive)
+    loss = q_hat.new_empty((problems, rows))
     dq_hat = torch.empty_like(q_hat[:, : rows if need_dq else 0])
     dk_hat = torch.zeros_like(k_hat[:, : None if need_dk else 0])
     for block in row_blocks(rows, problems * k.shape[1]):
         logits = (q_hat[:, block] @ k_hat.mT).div_(temperature)  # (D, rows of the block, M)
-        logits[:, index[block] - block.start, index[block] + labels] = -torch.inf
-        loss[:, block], exps, total, miss = _cross_entropy(positive[:, block], logits)
+        own_logits = (slice(None), index[block] - block.start, index[block] + labels)
+        positive = logits[own_logits]
+        logits[own_logits] = -torch.inf
+        loss[:, block], exps, total, miss = _cross_entropy(positive, logits)
         if need_dq:
             dq_hat[:, block] = exps @ k_hat / total[..., None] - miss[..., None] * own_hat[:, block]
         if need_dk:
