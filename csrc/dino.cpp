@@ -8,6 +8,7 @@
 
 #include "cpu_features.h"
 #include "dino_isa.h"
+#include "memory.h"
 #include "parallel.h"
 #include "softmax_loss.h"
 #include "unit_rows.h"
@@ -64,6 +65,7 @@ void dino(const Dino& a) {
     const int64_t per_thread = (isa.group + 1) * scores + 2 * isa.tile * features + isa.tile * width;
     const auto scratch = make_scratch<float>(threads * per_thread);
 
+    expect_writes(a.dw, a.dw ? a.count * features * sizeof(float) : 0);
     to_panels(student.rows.get(), a.rows, features, panel, student_panels.get());
     to_panels(teacher.rows.get(), a.rows, features, panel, teacher_panels.get());
     if (a.dw) {  // (width / panel, rows, panel)

@@ -7,6 +7,7 @@
 
 #include "cpu_features.h"
 #include "info_nce_isa.h"
+#include "memory.h"
 #include "parallel.h"
 #include "softmax_loss.h"
 #include "unit_rows.h"

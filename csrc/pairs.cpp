@@ -7,6 +7,7 @@
 
 #include "cpu_features.h"
 #include "pairs_isa.h"
+#include "parallel.h"
 #include "softmax_loss.h"
 
 namespace moco_fast {

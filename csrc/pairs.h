@@ -18,7 +18,7 @@
 
 #include <cstdint>
 
-#include "parallel.h"
+#include "memory.h"
 #include "unit_rows.h"
 
 namespace moco_fast {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu_features.h"
+#include "memory.h"
 #include "parallel.h"
 #include "split_batch_norm_isa.h"
 
@@ -60,6 +61,10 @@ struct Tiles {
     int64_t position(int64_t tile) const { return tile % along * run; }
 };
 
+std::size_t bytes_of(const PartsShape& s) {
+    return std::size_t(s.parts * s.rows * s.channels * s.run) * (s.dtype == DType::f32 ? 4 : 2);
+}
+
 // Below this many values one thread is done before the others wake.
 constexpr int64_t kParallelValues = 1 << 17;
 
@@ -77,6 +82,7 @@ void split_batch_norm(const SplitBatchNorm& a) {
     const auto joined = make_scratch<double>(2 * parts * channels);
     const auto factors = make_scratch<float>(2 * parts * channels);  // per part: scale, offset
 
+    expect_writes(a.y, bytes_of(a.shape));
 #pragma omp parallel num_threads(threads_for(a.shape, a.threads))
     {
 #pragma omp for schedule(static)
@@ -130,6 +136,7 @@ void split_batch_norm_backward(const SplitBatchNormBackward& a) {
     const auto joined = make_scratch<double>(2 * parts * channels);  // per part: shares of db and dw
     const auto factors = make_scratch<float>(3 * parts * channels);  // per part: scale, slope, offset
 
+    expect_writes(a.dx, bytes_of(a.shape));
 #pragma omp parallel num_threads(threads_for(a.shape, a.threads))
     {
 #pragma omp for schedule(static)

@@ -4,6 +4,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "parallel.h"
+
 namespace moco_fast {
 namespace {
 

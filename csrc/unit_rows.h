@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
-#include "parallel.h"
+#include "memory.h"
 
 namespace moco_fast {
 

@@ -71,7 +71,8 @@ def linear_classifier_learns(encoder, pretrained, folder):
     assert history[0, -1, 0] < history[0, 0, 0]
 
 
-VIT = ["--arch", "vit_tiny", "--optimizer", "adamw", "--lr", 0.02, "--moco-t", 0.2, "--stop-grad-conv1"]
+# A learning rate at which a rounding error stays one: at ten times this it is 5e-2 after 20 steps.
+VIT = ["--arch", "vit_tiny", "--optimizer", "adamw", "--lr", 0.002, "--moco-t", 0.2, "--stop-grad-conv1"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def test_loss_and_gradients():
 
 
 def test_twenty_steps():
-    methods.assert_trajectory(build(Stepped), build(EagerStepped), methods.views(20))
+    # One rounding of a teacher's logit, 1e-6 at 1 / T_t = 25, is 4e-6 of losses near 0.25, and grows.
+    methods.assert_trajectory(build(Stepped), build(EagerStepped), methods.views(20), rtol=2e-4)
 
 
 def test_eval_changes_nothing():

@@ -32,6 +32,13 @@ def test_rows_of_many_words(backend):
     assert torch.equal(moco_fast.take_rows(x, torch.tensor([2, 0])), x[[2, 0]])
 
 
+def test_rows_of_many_pages(backend):
+    """So much that it is written into huge pages, where there are any."""
+    x = rows_of(7, 1_300_001, dtype=torch.uint8)
+    index = torch.tensor([6, 2, 0, 5, 1])
+    assert torch.equal(moco_fast.take_rows(x, index), x[index])
+
+
 def test_memory_formats(backend):
     images = rows_of(4, 3, 8, 6, dtype=torch.uint8)
     index = torch.tensor([3, 3, 0])
