@@ -72,7 +72,7 @@ def _cpu_model() -> str:
 
 
 def _isa() -> str:
-    return "no native kernels" if native._C is None else native._C.isa()
+    return "no native kernels" if native.unavailable() else native.compiled._C.isa()
 
 
 def _commit() -> str | None:

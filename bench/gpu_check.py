@@ -60,9 +60,10 @@ OPS = {
 }
 NATIVE = """
 from moco_fast import native
-assert native._C and native._C.has_cuda, native.unavailable() or native.build_info()
-assert native._C.cuda_devices(), "its CUDA runtime finds no device"
-print(native._C.cuda_devices())
+from moco_fast.native.compiled import _C
+assert _C and _C.has_cuda, native.unavailable() or native.build_info()
+assert _C.cuda_devices(), "its CUDA runtime finds no device"
+print(_C.cuda_devices())
 """
 
 

@@ -16,8 +16,6 @@
 namespace moco_fast {
 namespace {
 
-int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 // Maximum, and sum of exponentials above it, of a row over all prototypes, from those of the runs.
 struct Softmax {
     double max = -std::numeric_limits<double>::infinity(), sum = 0, cross = 0;
@@ -65,7 +63,7 @@ void dino(const Dino& a) {
     const int64_t per_thread = (isa.group + 1) * scores + 2 * isa.tile * features + isa.tile * width;
     const auto scratch = make_scratch<float>(threads * per_thread);
 
-    expect_writes(a.dw, a.dw ? a.count * features * sizeof(float) : 0);
+    expect_writes(a.dw, a.count * features * sizeof(float));
     to_panels(student.rows.get(), a.rows, features, panel, student_panels.get());
     to_panels(teacher.rows.get(), a.rows, features, panel, teacher_panels.get());
     if (a.dw) {  // (width / panel, rows, panel)

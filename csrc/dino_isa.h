@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "isa_tables.h"
 
 namespace moco_fast {
 
@@ -39,14 +40,6 @@ struct DinoIsa {
     void (*second_sweep)(const DinoScan&);
 };
 
-namespace baseline {
-extern const DinoIsa kDino;
-}
-namespace avx2 {
-extern const DinoIsa kDino;
-}
-namespace avx512 {
-extern const DinoIsa kDino;
-}
+MOCO_FAST_TABLES(DinoIsa, kDino)
 
 }  // namespace moco_fast

@@ -11,6 +11,8 @@ namespace moco_fast {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
+static inline int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 struct bf16_t {
     uint16_t bits;
 };

@@ -100,7 +100,7 @@ void info_nce(const InfoNce& a) {
     Scratch<float> scores = make_scratch<float>(threads * isa.tile * width);
     const int64_t widened_size = a.queue_dtype == DType::f32 ? 0 : isa.tile * a.features;
     Scratch<float> widened = make_scratch<float>(threads * widened_size);
-    const int64_t row_bytes = a.features * (a.queue_dtype == DType::f32 ? 4 : 2);
+    const int64_t row_bytes = a.features * bytes_of(a.queue_dtype);
 
 #pragma omp parallel num_threads(threads)
     {

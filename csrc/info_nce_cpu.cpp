@@ -30,7 +30,7 @@ void softmax_panel(float* scores, int64_t count, const float* positive, float sc
 MOCO_FAST_INLINE void prefetch_part(const InfoNceScan& a, int64_t first, int64_t index, int64_t parts) {
     if (first >= a.count) return;
     const int64_t count = a.count - first < kTile ? a.count - first : kTile;
-    const int64_t width = a.rows_dtype == DType::f32 ? 4 : 2, bytes = count * a.features * width;
+    const int64_t width = bytes_of(a.rows_dtype), bytes = count * a.features * width;
     const char* rows = static_cast<const char*>(a.rows) + first * a.features * width;
     for (int64_t at = bytes * index / parts; at < bytes * (index + 1) / parts; at += kLine)
         __builtin_prefetch(rows + at, 0, 2);
@@ -54,10 +54,6 @@ void scan(const InfoNceScan& a) {
                                                  a.weighted + p * panel_size, scale[0], scale[1]});
         }
     }
-}
-
-void positive(const float* queries, const float* keys, int64_t features, float* cosine) {
-    paired_scores(queries, keys, features, cosine);
 }
 
 void merge(float* into, const float* from, const float* into_scale, const float* from_scale,
@@ -117,7 +113,7 @@ float softmax_row(const InfoNceSoftmaxRow& a) {
 
 }  // namespace
 
-const InfoNceIsa kInfoNce = {kPanel, kTile, positive, scan, merge, softmax_row};
+const InfoNceIsa kInfoNce = {kPanel, kTile, paired_scores, scan, merge, softmax_row};
 
 }  // namespace MOCO_FAST_ISA
 }  // namespace moco_fast

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "isa_tables.h"
 
 namespace moco_fast {
 
@@ -57,14 +58,6 @@ struct InfoNceIsa {
     float (*softmax_row)(const InfoNceSoftmaxRow&);
 };
 
-namespace baseline {
-extern const InfoNceIsa kInfoNce;
-}
-namespace avx2 {
-extern const InfoNceIsa kInfoNce;
-}
-namespace avx512 {
-extern const InfoNceIsa kInfoNce;
-}
+MOCO_FAST_TABLES(InfoNceIsa, kInfoNce)
 
 }  // namespace moco_fast

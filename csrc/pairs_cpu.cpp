@@ -34,10 +34,6 @@ MOCO_FAST_INLINE void sweep(const PairsSweep& a, const Weigh& weigh) {
     }
 }
 
-void positive(const float* x, const float* y, int64_t features, float* cosines) {
-    paired_scores(x, y, features, cosines);
-}
-
 void first_pass(const PairsSweep& a) {
     sweep(a, [&](int64_t first, int64_t count, int64_t at, Vec(&scale)[2]) {
         for (int which = 0; which < 2; ++which)
@@ -68,7 +64,7 @@ void second_pass(const PairsSweep& a) {
 
 }  // namespace
 
-const PairsIsa kPairs = {kPanel, kTile, positive, first_pass, second_pass};
+const PairsIsa kPairs = {kPanel, kTile, paired_scores, first_pass, second_pass};
 
 }  // namespace MOCO_FAST_ISA
 }  // namespace moco_fast

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "isa_tables.h"
+
 namespace moco_fast {
 
 // One block of rows x against all columns y.
@@ -33,14 +35,6 @@ struct PairsIsa {
     void (*second_pass)(const PairsSweep&);
 };
 
-namespace baseline {
-extern const PairsIsa kPairs;
-}
-namespace avx2 {
-extern const PairsIsa kPairs;
-}
-namespace avx512 {
-extern const PairsIsa kPairs;
-}
+MOCO_FAST_TABLES(PairsIsa, kPairs)
 
 }  // namespace moco_fast

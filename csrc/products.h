@@ -63,7 +63,7 @@ struct Scores {
 };
 
 // Score of every query of a panel with its own row, with the rounding of `Scores`: a row equal to it ties.
-MOCO_FAST_INLINE void paired_scores(const float* queries, const float* rows, int64_t features,
+[[maybe_unused]] void paired_scores(const float* queries, const float* rows, int64_t features,
                                     float* scores) {
     for (int v = 0; v < 2; ++v) {
         Vec total{};

@@ -39,6 +39,9 @@ struct Tiles {
     }
 
     int64_t count() const { return shape.parts * per_part; }
+    std::size_t bytes() const {
+        return std::size_t(shape.parts * shape.channels * values() * bytes_of(shape.dtype));
+    }
     int64_t values() const { return shape.rows * shape.run; }  // of a channel in a part
 
     int64_t rows_of(int64_t tile) const { return std::min(rows, shape.rows - row(tile)); }
@@ -46,7 +49,7 @@ struct Tiles {
 
     NormTile at(int64_t index, const void* x, const void* dy, void* out) const {
         const int64_t part = index / per_part, tile = index % per_part, stride = shape.channels * shape.run;
-        const int64_t bytes = shape.dtype == DType::f32 ? 4 : 2;
+        const int64_t bytes = bytes_of(shape.dtype);
         const int64_t first = ((part * shape.rows + row(tile)) * stride + position(tile)) * bytes;
         const auto from = [first](const void* p) {
             return p ? static_cast<const char*>(p) + first : nullptr;
@@ -60,10 +63,6 @@ struct Tiles {
     int64_t row(int64_t tile) const { return tile / along * rows; }
     int64_t position(int64_t tile) const { return tile % along * run; }
 };
-
-std::size_t bytes_of(const PartsShape& s) {
-    return std::size_t(s.parts * s.rows * s.channels * s.run) * (s.dtype == DType::f32 ? 4 : 2);
-}
 
 // Below this many values one thread is done before the others wake.
 constexpr int64_t kParallelValues = 1 << 17;
@@ -82,7 +81,7 @@ void split_batch_norm(const SplitBatchNorm& a) {
     const auto joined = make_scratch<double>(2 * parts * channels);
     const auto factors = make_scratch<float>(2 * parts * channels);  // per part: scale, offset
 
-    expect_writes(a.y, bytes_of(a.shape));
+    expect_writes(a.y, tiles.bytes());
 #pragma omp parallel num_threads(threads_for(a.shape, a.threads))
     {
 #pragma omp for schedule(static)
@@ -136,7 +135,7 @@ void split_batch_norm_backward(const SplitBatchNormBackward& a) {
     const auto joined = make_scratch<double>(2 * parts * channels);  // per part: shares of db and dw
     const auto factors = make_scratch<float>(3 * parts * channels);  // per part: scale, slope, offset
 
-    expect_writes(a.dx, bytes_of(a.shape));
+    expect_writes(a.dx, tiles.bytes());
 #pragma omp parallel num_threads(threads_for(a.shape, a.threads))
     {
 #pragma omp for schedule(static)

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "isa_tables.h"
 
 namespace moco_fast {
 
@@ -33,14 +34,6 @@ struct NormIsa {
     void (*gradient)(const NormTile&, const NormFactors&);
 };
 
-namespace baseline {
-extern const NormIsa kNorm;
-}
-namespace avx2 {
-extern const NormIsa kNorm;
-}
-namespace avx512 {
-extern const NormIsa kNorm;
-}
+MOCO_FAST_TABLES(NormIsa, kNorm)
 
 }  // namespace moco_fast

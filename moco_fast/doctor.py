@@ -55,8 +55,7 @@ def _native() -> Iterator[tuple[str, str]]:
     if reason := native.unavailable():
         yield "native kernels", f"not built: {reason}"
         return
-    compiled = native._C
-    assert compiled is not None
+    compiled = native.compiled._C
     yield "native kernels", f"built with {info.get('compiler', 'an unknown compiler')}"
     yield "CPU instructions", f"{compiled.isa()} in use; this CPU runs {', '.join(compiled.isas())}"
     yield "bf16 matrix units", "yes" if native.has_bf16_units() else "no: precision='medium' runs in fp32"

@@ -17,6 +17,7 @@ import emulated
 
 from moco_fast import backends, native
 from moco_fast.kernels import backend as triton
+from moco_fast.native import compiled, multi_tensor
 
 sys.path.append(str(Path(__file__).parent.parent))  # bench/ belongs to the checkout and is not installed
 
@@ -62,8 +63,8 @@ def place(request, monkeypatch):
         if reason := native.unavailable():
             pytest.skip(f"native backend, emulated: {reason}")
         emulated.library()  # or skips
-        monkeypatch.setattr(native, "_C", emulated.MultiTensor(native._C))
-        monkeypatch.setattr(native, "_READS_TENSORS", False)
+        monkeypatch.setattr(compiled, "_C", emulated.MultiTensor(compiled._C))
+        monkeypatch.setattr(multi_tensor, "_READS_TENSORS", False)
         return name, "cpu"
     module = backends.BACKENDS[name]
     probe = torch.empty((1, 1), device=device)
@@ -101,10 +102,10 @@ def isa(request, monkeypatch):
     """Force the native backend, and an instruction set of its kernels; skips, by name, what is not here."""
     if reason := native.unavailable():
         pytest.skip(f"native backend: {reason}")
-    if request.param not in native._C.isas():
+    if request.param not in compiled._C.isas():
         pytest.skip(f"native backend: this CPU or build has no {request.param}")
     monkeypatch.setenv("MOCO_FAST_ISA", request.param)
-    assert native._C.isa() == request.param
+    assert compiled._C.isa() == request.param
     with backends.use_backend("native"):
         yield request.param
 
@@ -176,8 +177,8 @@ def pytest_terminal_summary(terminalreporter):
     if reason := native.unavailable():
         missing.append(f"native CPU kernels ({reason})")
     else:
-        compiled = native.build_info().get("isas", [])
-        if unsupported := [isa for isa in compiled if isa not in native._C.isas()]:
+        built = native.build_info().get("isas", [])
+        if unsupported := [isa for isa in built if isa not in compiled._C.isas()]:
             missing.append(f"CPU kernels for {', '.join(unsupported)} (compiled, but this CPU lacks them)")
         if not native.has_bf16_units():
             missing.append("bf16 matrix units (this CPU has none)")

@@ -105,7 +105,7 @@ def call(name, *arguments, kernels=None, seed=0):
 
 
 class MultiTensor:
-    """In place of the compiled module ``native._C``: its functions over lists of tensors, emulated."""
+    """In place of the compiled module ``_C``: its functions over lists of tensors, emulated."""
 
     def __init__(self, others):
         self._others = others

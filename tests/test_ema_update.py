@@ -5,6 +5,7 @@ import torch
 
 import moco_fast
 from moco_fast import native
+from moco_fast.native import multi_tensor
 from moco_fast.ops.ema_update import _ema_update_
 
 OP = "ema_update_"
@@ -18,8 +19,8 @@ def reads_tensors(request, monkeypatch):
     if "triton" in request.node.name and not request.param:
         pytest.skip("Triton's kernel takes lists only")
     if request.param and native.unavailable() is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        assert native._READS_TENSORS
-    monkeypatch.setattr(native, "_READS_TENSORS", request.param and native._READS_TENSORS)
+        assert multi_tensor._READS_TENSORS
+    monkeypatch.setattr(multi_tensor, "_READS_TENSORS", request.param and multi_tensor._READS_TENSORS)
 
 
 def pairs(dtype=torch.float32, source_dtype=None, device="cpu"):
@@ -298,11 +299,11 @@ def test_what_the_native_backend_serves(monkeypatch):
 
     def reason(capability=(9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        native._gpu_lacks.cache_clear()
+        native.compiled._gpu_lacks.cache_clear()
         return native.cannot_serve("ema_update_", [OnGpu()])
 
     monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
-    monkeypatch.setattr(native, "_C", Built)
+    monkeypatch.setattr(native.compiled, "_C", Built)
     assert reason() is None and reason((12, 0)) is None
     assert "want compute capability 8.0, cuda:0 has 7.5" in reason((7, 5))
     assert "runs on the CPU" in native.cannot_serve("enqueue_", [OnGpu()])
@@ -310,4 +311,4 @@ def test_what_the_native_backend_serves(monkeypatch):
     assert "the driver is older" in reason()
     Built.has_cuda = False
     assert "built without CUDA" in reason()
-    native._gpu_lacks.cache_clear()
+    native.compiled._gpu_lacks.cache_clear()

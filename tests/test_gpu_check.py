@@ -158,11 +158,11 @@ def test_the_cuda_part_has_to_be_there(tmp_path, monkeypatch):
     (stage,) = (s for s in gpu_check.stages(tmp_path, tmp_path) if s.name == "CUDA part")
     program = stage.command[-1]
     compiled = SimpleNamespace(has_cuda=True, cuda_devices=lambda: [("Some GPU", "9.0")])
-    monkeypatch.setattr(native, "_C", compiled)
+    monkeypatch.setattr(native.compiled, "_C", compiled)
     exec(program, {})
-    monkeypatch.setattr(native, "_import_error", "not built", raising=False)
+    monkeypatch.setattr(native.compiled, "_import_error", "not built", raising=False)
     for broken in (None, SimpleNamespace(has_cuda=False), SimpleNamespace(has_cuda=True, cuda_devices=list)):
-        monkeypatch.setattr(native, "_C", broken)
+        monkeypatch.setattr(native.compiled, "_C", broken)
         with pytest.raises(AssertionError):
             exec(program, {})
 

@@ -256,7 +256,7 @@ def test_more_features_than_triton_holds(triton_device):
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_default_dtype_and_autocast_do_not_matter(backend, dtype, precision, monkeypatch):
-    monkeypatch.setattr(native, "has_bf16_units", lambda: True)
+    monkeypatch.setattr(native.compiled, "has_bf16_units", lambda: True)
     q, k, queue = make(9, 300, 32)
     want = fused(q, k, queue, 0.07, precision=precision)
     torch.set_default_dtype(dtype)
@@ -276,7 +276,7 @@ def test_bf16_path_by_tiles(shape, need_dq, monkeypatch):
         pytest.skip(f"native backend: {reason}")
     q, k, queue = make(*shape, clustered=True)
     want = native.info_nce(q, k, queue, 0.1, "high", need_dq, True)
-    monkeypatch.setattr(native, "has_bf16_units", lambda: True)
+    monkeypatch.setattr(native.compiled, "has_bf16_units", lambda: True)
     got = native.info_nce(q, k, queue, 0.1, "medium", need_dq, True)
     real = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     for a, b in zip(got[:2], want[:2], strict=True):

@@ -245,8 +245,8 @@ class RowsOnGpu:
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(native, "_gpu_lacks", lambda device: None)
-    monkeypatch.setattr(native, "_C", object())
+    monkeypatch.setattr(native.compiled, "_gpu_lacks", lambda device: None)
+    monkeypatch.setattr(native.compiled, "_C", object())
 
 
 def test_it_has_to_be_asked_for(hopper):
@@ -295,12 +295,12 @@ def test_a_queue_of_another_dtype_is_refused(precision, dtype):
 
 
 @pytest.mark.skipif(
-    native.unavailable() is not None or not native._C.has_cuda or torch.cuda.is_available(),
+    native.unavailable() is not None or not native.compiled._C.has_cuda or torch.cuda.is_available(),
     reason="wants the CUDA part of the build, and no GPU",
 )
 def test_arguments_reach_the_compiled_module(monkeypatch):
     """Past the conversion of all arguments, where the runtime finds no GPU."""
-    monkeypatch.setattr(native, "_stream", lambda device: 0)
+    monkeypatch.setattr(native.losses, "stream", lambda device: 0)
 
     class OnGpu(torch.Tensor):
         device = torch.device("cuda", 0)

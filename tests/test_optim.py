@@ -4,7 +4,7 @@ import pytest
 import torch
 from optimizers import close, give_gradients, keys_of, make, parameters
 
-from moco_fast import native
+from moco_fast.native import multi_tensor
 from moco_fast.optim import LARS, SGD, AdamW
 
 OP = "sgd_"  # of the backends that the fixtures ask; adamw_ has the same
@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 @pytest.fixture(params=[True, False], ids=["one pass", "by lists"])
 def reads_tensors(request, monkeypatch):
     """Both ways from tensors to addresses: torch >= 2.10 has the first, older ones only the second."""
-    monkeypatch.setattr(native, "_READS_TENSORS", request.param and native._READS_TENSORS)
+    monkeypatch.setattr(multi_tensor, "_READS_TENSORS", request.param and multi_tensor._READS_TENSORS)
 
 
 SGD_OPTIONS = [
