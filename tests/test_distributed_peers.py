@@ -35,7 +35,7 @@ def shared(monkeypatch):
     class Handle:
         @property
         def buffer_ptrs(self):
-            return [buffer.data_ptr() for buffer in buffers[:WORLD]] + [0] * (WORLD - len(buffers))
+            return [buffer.data_ptr() for buffer in buffers[:WORLD]] + [1] * (WORLD - len(buffers))
 
         def barrier(self, channel):
             barriers.append(channel)
@@ -55,12 +55,12 @@ def test_rows_of_all_peers(shared, device, shape, dtype):
         images = images.contiguous(memory_format=torch.channels_last)
     batches = images.split(ROWS)
     for batch in batches:
-        peers.PeerMemory(batch)
+        peers._shared_by_all(batch)
     places = torch.tensor([11, 0, 5, 6], device=device)
     for buffer, batch in zip(shared.buffers, batches, strict=True):
         buffer.copy_(moco_fast.reference.flat_rows(batch).view(torch.uint8).flatten())
     # The first rank reads its own batch, written by the call, and those of the others.
-    memory = peers.PeerMemory(batches[0])
+    memory = peers._shared_by_all(batches[0])
     memory._own = shared.buffers[0].fill_(0)
     got = memory.take(batches[0], places)
     assert torch.equal(got, images[places]) and shared.barriers == [0, 1]
@@ -78,15 +78,49 @@ def test_the_faster_way_is_taken(shared, monkeypatch):
         assert peers.memory_if_faster(images, places, lambda: None) is memory  # measured once
 
 
-def test_where_it_does_not_work_nothing_is_measured(shared, monkeypatch):
-    def refuse(tensor, group):
-        raise RuntimeError("no peer access")
+def refuse(*args, **options):
+    raise RuntimeError("no peer access")
 
-    monkeypatch.setattr(torch.distributed._symmetric_memory, "rendezvous", refuse)
-    monkeypatch.setattr(peers, "_seconds", None)
-    assert peers.memory_if_faster(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), lambda: None) is None
-    monkeypatch.setattr(peers, "_memory", {})
-    monkeypatch.setattr(torch.distributed._symmetric_memory, "rendezvous", lambda tensor, group: refuse)
-    monkeypatch.setattr(peers, "largest", lambda failed: [1])  # on another rank
-    monkeypatch.setattr(peers.PeerMemory, "__init__", lambda self, images: None)
-    assert peers.memory_if_faster(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), lambda: None) is None
+
+def tried():
+    """What comes of a batch in a process without memory for one yet."""
+    peers._memory.clear()
+    return peers.memory_if_faster(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), lambda: None)
+
+
+def test_where_it_does_not_work_nothing_is_measured(shared, monkeypatch):
+    monkeypatch.setattr(peers, "_seconds", refuse)
+    symmetric = torch.distributed._symmetric_memory
+    with monkeypatch.context() as patch:
+        patch.setattr(symmetric, "rendezvous", refuse)
+        assert tried() is None
+    with monkeypatch.context() as patch:  # on another rank
+        patch.setattr(peers, "largest", lambda failed: [1])
+        assert tried() is None
+    with monkeypatch.context() as patch:  # memory of a GPU that this one does not reach
+        patch.setattr(symmetric, "rendezvous", lambda *_: types.SimpleNamespace(buffer_ptrs=[1, 0, 3]))
+        assert tried() is None
+
+
+@pytest.mark.parametrize(
+    "other", [(("another", "boot"), True), (peers._machine(), False)], ids=["machine", "without memory"]
+)
+def test_nobody_waits_for_ranks_that_cannot_come(shared, monkeypatch, other):
+    monkeypatch.setattr(peers, "from_all", lambda own: [own, other])
+    monkeypatch.setattr(torch.distributed._symmetric_memory, "rendezvous", lambda *_: pytest.fail("waited"))
+    assert tried() is None
+
+
+def test_images_of_any_layout_and_another_process_group(shared, monkeypatch):
+    found = iter([1e-3, 2e-3] * 2)
+    monkeypatch.setattr(peers, "_seconds", lambda run, device: next(found))
+    images = torch.rand(ROWS, 3, 4, 6).permute(0, 1, 3, 2)
+    places = torch.arange(ROWS)
+    memory = peers.memory_if_faster(images, places, lambda: None)
+    monkeypatch.setattr("moco_fast.kernels.take_rows.take_rows_of_peers", lambda *args: None)
+    memory.take(images, places)
+    written = shared.buffers[0].view(torch.float32).view(images.shape)
+    assert torch.equal(written, images)
+    group = types.SimpleNamespace(WORLD=object())
+    monkeypatch.setattr(peers, "dist", types.SimpleNamespace(group=group))
+    assert peers.memory_if_faster(images, places, lambda: None) is not memory

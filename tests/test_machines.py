@@ -1,9 +1,12 @@
 """The trainer on several machines, which are network namespaces: as one, and when a cable is cut."""
 
 import os
+import shutil
 import signal
+import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import test_train_processes
@@ -18,7 +21,7 @@ from test_train_processes import (
 )
 
 from bench import ranks
-from bench.machines import machines, unavailable
+from bench.machines import INTERFACE, machines, unavailable
 from moco_fast.train import checkpoint
 
 if reason := unavailable():
@@ -34,7 +37,7 @@ sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
 
-def torchrun(made, program, *arguments, per_machine, restarts=0):
+def torchrun(made, program, *arguments, per_machine, restarts=0, interface=INTERFACE):
     """docs/distributed.md's command for several machines, on each."""
     started = []
     for i, machine in enumerate(made):
@@ -45,7 +48,8 @@ def torchrun(made, program, *arguments, per_machine, restarts=0):
             # What host names tell of machines that have one each.
             "--rdzv-conf", f"is_host={i == 0}", "--local-addr", machine.address, *program, *arguments,
         ]  # fmt: skip
-        started.append(machine.start(command, GOMP_SPINCOUNT="2000", PYTHONUNBUFFERED="1"))
+        environment = {"GOMP_SPINCOUNT": "2000", "PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": interface}
+        started.append(machine.start(command, **environment))
     return started
 
 
@@ -59,6 +63,37 @@ def test_two_machines_train_as_one_with_as_many_processes(tmp_path):
     assert [text.count("Run folder:") for text in said] == [1, 0]  # rank 0 alone speaks
     assert_equal_losses(losses(shared), losses(alone), 0)
     assert_equal_states(shared, alone)
+
+
+@pytest.fixture
+def made_by_debian():
+    """Two machines whose own name leads to loopback, on each of them."""
+    with machines(2) as made:
+        folders = [Path("/etc/netns", machine.name) for machine in made]
+        try:
+            for folder in folders:
+                folder.mkdir(parents=True)
+                (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n")
+            yield made
+        finally:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+JOINED = """
+import socket
+from moco_fast import distributed
+from moco_fast.train import processes
+with processes.joined("cpu"):
+    print(distributed.from_all(socket.gethostbyname(socket.gethostname())))
+"""
+
+
+def test_machines_whose_names_lead_to_themselves_meet(made_by_debian, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(JOINED)
+    for process in torchrun(made_by_debian, (str(program),), per_machine=1, interface=""):
+        assert "['127.0.1.1', '127.0.1.1']" in finish(process)
 
 
 def test_a_machine_that_is_cut_off_is_named_on_the_others(tmp_path):

@@ -24,6 +24,7 @@ from moco_fast.distributed.collectives import (
     world_size,
 )
 from moco_fast.distributed.generator import CommonGenerator
+from moco_fast.distributed.interface import reachable_interface
 from moco_fast.distributed.shuffle import SCHEMES, BatchShuffle, Exchange, balanced_order, scheme, use_scheme
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "name_ranks",
     "own_rows",
     "rank",
+    "reachable_interface",
     "scheme",
     "use_scheme",
     "world_size",

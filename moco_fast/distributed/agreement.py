@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast.distributed.collectives import rank, world_size
+from moco_fast.distributed.interface import reachable_interface
 
 T = TypeVar("T")
 
@@ -37,7 +38,8 @@ def largest(*values: int) -> list[int]:
     """
     if world_size() == 1:
         return list(values)
-    mine, theirs = torch.tensor(values), torch.empty(len(values), dtype=torch.int64)
+    mine = torch.tensor(values, device="cpu")  # whatever the default device is
+    theirs = torch.empty_like(mine)
     group, own, ranks = _control_group(), rank(), world_size()
     distance = 1
     while distance < ranks:
@@ -133,6 +135,10 @@ def _control_group() -> dist.ProcessGroup:
     assert default is not None
     if default not in _control:
         _control.clear()
-        alike = dist.get_backend(default) == "gloo"
-        _control[default] = default if alike else dist.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[assignment]
+        _control[default] = default if dist.get_backend(default) == "gloo" else _gloo_group()
     return _control[default]
+
+
+def _gloo_group() -> dist.ProcessGroup:
+    with reachable_interface():
+        return dist.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[return-value]  # all are in it

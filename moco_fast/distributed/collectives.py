@@ -80,7 +80,10 @@ def broadcast_(*tensors: Tensor) -> None:
     """Overwrite the tensors with those of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            sent = tensor.detach().contiguous()  # NCCL takes nothing else
+            dist.broadcast(sent, src=0)
+            if sent.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(sent)
 
 
 def average_(*tensors: Tensor) -> None:

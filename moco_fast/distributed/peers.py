@@ -9,8 +9,10 @@ request alone, ``MOCO_FAST_SHUFFLE=auto``, and then only where it works on all r
 from __future__ import annotations
 
 import importlib
+import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,22 +20,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast import reference
-from moco_fast.distributed.agreement import largest
+from moco_fast.distributed.agreement import from_all, largest
 
 ROUNDS = 5  # of each way, to find the faster
 
-_memory: dict[tuple, PeerMemory | None] = {}  # by shape and dtype; None: another way is better
+# By process group, and what a batch is like; None: another way is better.
+_memory: dict[tuple, PeerMemory | None] = {}
 
 
 class PeerMemory:
-    """A batch of this rank that all ranks can read, and theirs."""
+    """A batch of this rank that all ranks can read, and theirs.
 
-    def __init__(self, images: Tensor) -> None:
-        symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
-        size = images.numel() * images.element_size()
-        self._own = symmetric.empty(size, dtype=torch.uint8, device=images.device)
-        self._handle = symmetric.rendezvous(self._own, dist.group.WORLD)
-        self._peers = torch.tensor(self._handle.buffer_ptrs, device=images.device)
+    Args:
+        own: bytes in symmetric memory, as many as a batch has.
+    """
+
+    def __init__(self, own: Tensor) -> None:
+        self._own, self._handle = own, _symmetric().rendezvous(own, dist.group.WORLD)
+        pointers = self._handle.buffer_ptrs
+        if not all(pointers):
+            raise RuntimeError("the memory of some ranks has no address on this one")
+        self._peers = torch.tensor(pointers, device=own.device)
 
     def take(
         self,
@@ -44,6 +51,7 @@ class PeerMemory:
         from moco_fast.kernels.take_rows import take_rows_of_peers
 
         self._handle.barrier(channel=0)  # all have read the batch before
+        images = reference.dense(images)
         self._own.copy_(reference.flat_rows(images).view(torch.uint8).flatten())
         self._handle.barrier(channel=1)  # all have written theirs
         out = reference.empty_rows(images, len(places))
@@ -57,26 +65,50 @@ def memory_if_faster(images: Tensor, places: Tensor, otherwise: Callable[[], obj
 
     Found out at the first batch of a shape, by all ranks together.
     """
-    key = (images.shape, images.dtype, images.device)
+    key = (dist.group.WORLD, images.shape, images.dtype, images.device)
     if key not in _memory:
         _memory[key] = _measured(images, places, otherwise)
     return _memory[key]
 
 
 def _measured(images: Tensor, places: Tensor, otherwise: Callable[[], object]) -> PeerMemory | None:
-    memory = None
-    try:
-        memory = PeerMemory(images)
-    except Exception:  # no NVLink, another machine, another version of torch: whatever the reason
-        failed = 1
-    else:
-        failed = 0
-    if largest(failed)[0]:
+    memory = _shared_by_all(images)
+    if memory is None:
         return None
-    assert memory is not None
     ways = (lambda: memory.take(images, places), otherwise)
     microseconds = largest(*(round(1e6 * _seconds(way, images.device)) for way in ways))
     return memory if microseconds[0] < microseconds[1] else None
+
+
+def _shared_by_all(images: Tensor) -> PeerMemory | None:
+    """Memory for batches like this one; None on all ranks if one cannot have it.
+
+    In a rendezvous a rank waits for one that has failed before it, and for ever for one on another machine:
+    they hand file descriptors from process to process.
+    """
+    size = images.numel() * images.element_size()
+    own = _attempt(lambda: _symmetric().empty(size, dtype=torch.uint8, device=images.device))
+    if set(from_all((_machine(), own is not None))) != {(_machine(), True)}:
+        return None
+    memory = _attempt(lambda: PeerMemory(own))
+    return None if largest(int(memory is None))[0] else memory
+
+
+def _attempt(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception:  # no NVLink, another version of torch: whatever the reason
+        return None
+
+
+def _symmetric() -> Any:
+    return importlib.import_module("torch.distributed._symmetric_memory")
+
+
+def _machine() -> tuple[str, str]:
+    """What tells machines apart, and containers that share one."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text() if boot.exists() else ""
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -77,13 +77,14 @@ def balanced_order(
         (V n,) int64: the image at every place. Images and places of a device are consecutive.
     """
     each, rest = divmod(rows, devices)
-    own = torch.rand(devices, rows, generator=generator).argsort(dim=1, stable=True)
-    # The first V * each of a device's images go round; which devices get one more differs from row to row.
-    givers = torch.randperm(devices, generator=generator)
-    takers = torch.randperm(devices, generator=generator)
-    to = torch.arange(each * devices).remainder(devices).expand(devices, -1)
-    more = takers[(givers[:, None] + torch.arange(rest)).remainder(devices)]
-    images = own + rows * torch.arange(devices)[:, None]
+    with torch.device("cpu"):  # whatever the default device is
+        own = torch.rand(devices, rows, generator=generator).argsort(dim=1, stable=True)
+        # The first V * each of a device's images go round; which devices get one more differs by row.
+        givers = torch.randperm(devices, generator=generator)
+        takers = torch.randperm(devices, generator=generator)
+        to = torch.arange(each * devices).remainder(devices).expand(devices, -1)
+        more = takers[(givers[:, None] + torch.arange(rest)).remainder(devices)]
+        images = own + rows * torch.arange(devices)[:, None]
     return images.flatten()[torch.cat([to, more], dim=1).flatten().argsort(stable=True)]
 
 
@@ -112,7 +113,7 @@ class BatchShuffle(CommonGenerator):
         ranks, own = world_size(), rank()
         order = balanced_order(ranks * splits, rows // splits, self.generator)
         home = order.argsort()
-        source, place = order.div(rows, rounding_mode="floor"), torch.arange(len(order))
+        source, place = order.div(rows, rounding_mode="floor"), torch.arange(len(order), device="cpu")
         leaving = (source == own).nonzero().flatten()
         here = source[own_rows(rows)]
         arriving = here.argsort(stable=True).argsort()

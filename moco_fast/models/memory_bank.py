@@ -132,7 +132,7 @@ class MemoryBank(Method):
         """Rows of the bank, (K,) int64."""
         # Evaluation neither moves the generator nor depends on it.
         generator = self.generator.generator if self.training else torch.Generator().manual_seed(0)
-        rows = torch.randint(len(self.bank), (self.K,), generator=generator)
+        rows = torch.randint(len(self.bank), (self.K,), generator=generator, device="cpu")
         if self.bank.is_cuda:
             rows = rows.pin_memory().to(self.bank.device, non_blocking=True)
         return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -113,7 +114,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and distributed.world_size() > 1:
-        name = f"cuda:{local_rank()}"
+        # A group that is not torchrun's: whoever made it has chosen a device.
+        name = f"cuda:{local_rank() if 'LOCAL_RANK' in os.environ else torch.cuda.current_device()}"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:

@@ -5,6 +5,7 @@ Without torchrun's variables there is one process, and nothing here does anythin
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -66,8 +67,10 @@ def joined(device: str) -> Iterator[None]:
 
     NCCL's group if that is a GPU, else gloo's. No effect if a group exists already. Nothing can call
     back a process from waiting for a machine that fell silent: it is ended, with word of who is gone.
+    After an error on GPUs NCCL's group stays, and Python ends with exit status 1 without taking it down.
 
     Raises:
+        ValueError: a device that several processes cannot share, or that this one cannot tell as its own.
         TimeoutError: not all processes came within :data:`moco_fast.train.meeting.PATIENCE`.
         PeerFailedError: another process died or failed meanwhile.
     """
@@ -80,6 +83,8 @@ def joined(device: str) -> Iterator[None]:
         raise ValueError(f"device must be auto, cpu or cuda for several processes, got {device!r}")
     if on_gpu and local_rank() >= torch.cuda.device_count():
         raise ValueError(f"{torch.cuda.device_count()} GPUs are fewer than the processes on this machine")
+    if on_gpu and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise ValueError("LOCAL_RANK must be set, as torchrun does: it tells which GPU is this process's")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=distributed.PATIENCE)))
     meeting = meet(dist.PrefixStore("moco_fast/meeting", store), rank, size, restarted())
     _meeting = _meeting or meeting
@@ -89,10 +94,11 @@ def joined(device: str) -> Iterator[None]:
     try:
         if on_gpu:
             torch.cuda.set_device(local_rank())
-        backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(
-            backend, store=_store, rank=rank, world_size=size, timeout=distributed.PATIENCE
-        )
+            atexit.register(_end_at_once)
+        # NCCL keeps its own patience, for GPUs: what takes a rank long, others await over gloo.
+        backend, patience = ("nccl", None) if on_gpu else ("gloo", distributed.PATIENCE)
+        with distributed.reachable_interface():
+            dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=patience)
         distributed.largest(0)  # nobody leaves, be it for an error, while others still connect
         yield
         distributed.largest(0)  # nobody leaves before all have come here
@@ -102,8 +108,9 @@ def joined(device: str) -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         why = _LOST if _is_loss_of_contact(error) else f"{type(error).__name__}: {error}"
         _say(_ENDED + str(rank), why)
-        if dist.is_initialized():
-            # Closes connections: whoever waits for this rank learns of it at once.
+        if dist.is_initialized() and not on_gpu:
+            # Closes connections: whoever waits for this rank learns of it at once. NCCL's group would wait
+            # for the others here, who wait for this rank: they learn of it when the process ends.
             dist.destroy_process_group()
         if why is _LOST and (culprits := _culprits(size)):
             raise PeerFailedError(f"{culprits}; this was rank {rank} of {size}") from error
@@ -111,9 +118,17 @@ def joined(device: str) -> Iterator[None]:
     else:
         heartbeat.stop()  # rank 0 may take the store along
         dist.destroy_process_group()
+        atexit.unregister(_end_at_once)
     finally:
         heartbeat.stop()
         _store = None
+
+
+def _end_at_once() -> None:
+    """End this process without NCCL's own end, which waits for ranks that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def on_rank_0(compute: Callable[[], T]) -> T:

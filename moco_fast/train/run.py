@@ -25,7 +25,7 @@ from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.checkpoint import CheckpointError
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.finetune_config import FinetuneConfig
-from moco_fast.train.meter import check_weights
+from moco_fast.train.meter import NonFiniteLossError, check_weights
 from moco_fast.train.processes import launch, may_restart, on_rank_0, restarted
 
 CONFIG_FILE = "config.json"
@@ -80,6 +80,8 @@ class Run(Generic[C]):
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, views: torch.Generator) -> int:
         """Load the weights, the optimizer and all random states of the checkpoint; returns its step.
 
+        Views that were drawn on a GPU go on with other numbers on a CPU, and the other way round.
+
         Raises:
             CheckpointError: weights that do not fit; says which options differ, before anything is changed.
         """
@@ -99,7 +101,10 @@ class Run(Generic[C]):
         optimizer.load_state_dict(self.saved["optimizer"])
         for group, values in zip(optimizer.param_groups, tuned, strict=True):
             group.update(values)  # the config may have been overridden, and is what gets recorded
-        views.set_state(own["views"])
+        if own["views"].shape == views.get_state().shape:
+            views.set_state(own["views"])
+        else:  # that of a GPU's generator on a CPU, or the other way round
+            views.manual_seed(views.initial_seed() + own["step"])
         checkpoints.set_random_state(own["random"][rank() % len(own["random"])])
         return own["step"]
 
@@ -118,9 +123,15 @@ class Run(Generic[C]):
 
         Raises:
             NonFiniteLossError: a weight is not finite.
+            Disagreement: that, in what differs between ranks; names them.
         """
-        check_weights(model, step, self.folder)
         average_statistics_(model)
+        problem = None
+        try:
+            check_weights(model, step, self.folder)
+        except NonFiniteLossError as error:
+            problem = error
+        check_agreement({}, problem)
         random = from_all(checkpoints.random_state())
         state = checkpoints.run_state(
             model, optimizer, arch=arch, step=step, steps_per_epoch=steps_per_epoch, views=views,
