@@ -41,7 +41,7 @@ MOCO_FAST_BOTH Numbers<C> numbers(const AdamwStep& s, double lr, double correcti
     const C take1 = C(1.0 - s.beta1);
     const bool near = take1 < C(0.5);
     return {C(s.maximize ? -1 : 1),
-            C(1.0 - lr * s.weight_decay),
+            C(rounded::add(1.0, -rounded::mul(lr, s.weight_decay))),
             near ? take1 : rounded::add(take1, C(-1)),
             C(s.beta2),
             C(1.0 - s.beta2),

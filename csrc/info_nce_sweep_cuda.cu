@@ -1,9 +1,6 @@
 // See info_nce_sweep.h.
 #include <cuda.h>
 
-#include <mutex>
-#include <set>
-
 #include "info_nce_sweep_kernel.h"
 #include "launch_cuda.h"
 
@@ -51,17 +48,9 @@ CUtensorMap queue_rows(const InfoNceSweep& args) {
 template <class Type, bool kMany, bool kStats>
 void launch_sweep(const InfoNceSweep& args, const CudaStream& where) {
     const auto kernel = sweep<Type, kMany, kStats>;
-    static std::mutex mutex;
-    static std::set<int> prepared;  // devices
-    {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (prepared.count(where.device) == 0) {
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       kSharedBytes<kMany>),
-                  kOp, "cudaFuncSetAttribute");
-            prepared.insert(where.device);
-        }
-    }
+    // Every time: it also gives a thread that is new to CUDA the context that the driver's encoder needs.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<kMany>), kOp,
+          "cudaFuncSetAttribute");
     constexpr int kQueries = Shared<kMany>::kQueries;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;

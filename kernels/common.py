@@ -50,11 +50,11 @@ def has_tma(device: torch.device) -> bool:
 def row_norms(
     x,  # (R, C) fp32, zero where masked
 ):
-    """Euclidean norm of every row, (R, 1), without overflow of the squares."""
+    """Euclidean norm of every row, (R, 1), without overflow of the squares; rounded as IEEE 754 has it."""
     top = tl.max(tl.abs(x), axis=1, keep_dims=True)
     scale = tl.where((top > 0) & (top < float("inf")), top, 1.0)
-    x = x / scale
-    return scale * tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True))
+    x = tl.div_rn(x, scale)
+    return scale * tl.sqrt_rn(tl.sum(x * x, axis=1, keep_dims=True))
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def unit_rows(
     x,  # (R, C) fp32
     norm,  # (R, 1)
 ):
-    """``x / max(norm, EPS)``."""
-    return x / tl.where(norm < EPS, EPS, norm)  # not maximum(): a NaN must stay
+    """``x / max(norm, EPS)``, rounded as IEEE 754 has it: a GPU's own division is off by up to 2 ulp."""
+    return tl.div_rn(x, tl.where(norm < EPS, EPS, norm))  # not maximum(): a NaN must stay
 
 
 @triton.jit

@@ -154,11 +154,18 @@ def _launch(
         for state, source, copy in zip(states, sources, copies, strict=True)
     )
     device = states[0].device
+    if dtypes[0] == torch.float64 and m.device != device and _capturing(device):
+        raise RuntimeError(
+            "ema_update_ on the triton backend takes m for float64 as a tensor on the GPU in a CUDA graph: a "
+            "number has fp32 as an argument of a kernel, and cannot be copied while the graph is captured"
+        )
     table = _table(addresses, tuple(dtype.itemsize for dtype in dtypes), block, device)  # type: ignore[arg-type]
     if len(table) == 0:
         return
     if _capturing(device):
         _captured.append(table)
+    elif device.type == "cuda":  # it may leave the cache, which another stream has filled
+        table.record_stream(torch.cuda.current_stream(device))
     if dtypes[0] == torch.float64:
         m = m.to(device)  # as an argument of a kernel a number has fp32
     on_device = m.device == device and (device.type == "cuda" or dtypes[0] == torch.float64)

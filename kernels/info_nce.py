@@ -62,6 +62,7 @@ from moco_fast.kernels.common import (
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (rows class, padded C).
 # Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another (tests/test_aot.py).
+# With 512 features a queue of another type than the operands' does spill, up to 352 bytes per thread.
 TILES = {
     ("few", 32): (64, 64, 4, 4, 3),
     ("few", 64): (64, 64, 4, 4, 3),
@@ -289,7 +290,8 @@ def tune_case(key: tuple[str, int]) -> Callable[[Tiles], Callable[[], object]]:
 
 
 def _aligned(rows: Tensor) -> Tensor:
-    """Rows as TMA takes them: 16-byte aligned, a multiple of 16 bytes each. A copy where they are not."""
+    """Contiguous rows as TMA takes them: 16-byte aligned, a multiple of 16 bytes each; else a copy."""
+    rows = rows.view(-1).view(rows.shape)  # a single row may have any stride, and TMA looks at it
     missing = -rows.shape[1] % 8
     if missing:
         return torch.nn.functional.pad(rows, (0, missing))

@@ -131,6 +131,9 @@ def info_nce_cases():
         if rows == "many" and features >= 64:
             older = info_nce.OLDER_TILES.get(features, tiles)
             yield f"{rows} {features} sm_80", partial(sweep, older, features, AMPERE)
+    wide = partial(sweep, info_nce.TILES["many", 512], 512, HOPPER, stats=True, even=False)
+    yield "many 512, fp32 queue", partial(wide, queue="fp32")
+    yield "many 512, bf16 queue", partial(wide, queue="bf16")
     split = partial(sweep, queue="fp32", split=True)
     yield "highest 128", partial(split, info_nce.SPLIT_TILES[128], 128, HOPPER)
     yield "highest 128, fp16 queue", partial(sweep, info_nce.SPLIT_TILES[128], 128, HOPPER, split=True)

@@ -13,7 +13,10 @@ import pytest
 HOPPER_SHARED, AMPERE_SHARED = 227 * 1024, 99 * 1024
 
 # As the comments beside their tiles say.
-SPILLS = ("split gradient 512", "split gradient 512 sm_80", "prototypes 512", "split prototypes 256")
+SPILLS = (
+    *("many 512, fp32 queue", "many 512, bf16 queue"),
+    *("split gradient 512", "split gradient 512 sm_80", "prototypes 512", "split prototypes 256"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -280,6 +280,17 @@ def test_bad_masters(masters, error, message):
     assert (target == 0).all()
 
 
+def test_a_number_for_float64_is_refused_in_a_cuda_graph(triton_device, monkeypatch):
+    from moco_fast.kernels import ema_update
+
+    x = torch.ones(3, dtype=torch.float64, device=triton_device)
+    monkeypatch.setattr(ema_update, "_capturing", lambda device: True)
+    m = torch.tensor(0.5, dtype=torch.float64, device="meta")  # as one that is not on the GPU
+    with pytest.raises(RuntimeError, match="takes m for float64 as a tensor on the GPU in a CUDA graph"):
+        ema_update.ema_update_([x], [2 * x], m)
+    assert (x == 1).all()
+
+
 def test_momentum_on_another_device():
     with pytest.raises(ValueError, match=r"m is on meta, but targets\[0\] is on cpu"):
         moco_fast.ema_update_([torch.zeros(3)], [torch.ones(3)], torch.tensor(0.5, device="meta"))

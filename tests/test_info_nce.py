@@ -253,6 +253,19 @@ def test_more_features_than_triton_holds(triton_device):
         moco_fast.info_nce(q, k, queue)
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_queue_of_one_key_of_any_stride(backend, precision):
+    """A dimension of one element may have any stride; descriptors of memory take some only."""
+    q, k, queue = make(5, 1, 32)
+    single = torch.zeros(3, 131)
+    single[0, :32] = queue[0]
+    want = fused(q, k, queue, 0.2, precision)[:2]
+    for view in (single[:1, :32], queue.t().contiguous().t()):
+        assert torch.equal(view, queue)
+        got = fused(q, k, view, 0.2, precision)[:2]
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_default_dtype_and_autocast_do_not_matter(backend, dtype, precision, monkeypatch):

@@ -1,6 +1,7 @@
 """InfoNCE with the sweep written for Hopper: its logic on an emulated GPU, and all of it on a GPU."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import emulated
 import pytest
@@ -175,13 +176,25 @@ def test_precisions(op, shape, precision, temperature):
 
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
 def test_like_triton(op, temperature):
-    """From the same operands: what differs is the order of sums, and ties that fp16 rounds either way."""
+    """From the same operands: what differs is the order of sums, and ties that fp16 rounds either way.
+
+    One feature rounded the other way moves a mean similarity by up to 4e-7.
+    """
     q, k, queue = make(70, 1030, 128, queue_dtype=torch.float16)
     rows, dq, rank, _, neg = op(q, k, queue, temperature, by_hand=False)
     got_rows, got_dq, got_rank, _, got_neg = op(q, k, queue, temperature)
-    assert torch.allclose(got_rows, rows, rtol=1e-5) and torch.allclose(got_neg, neg, atol=1e-7)
+    assert torch.allclose(got_rows, rows, rtol=1e-5) and torch.allclose(got_neg, neg, atol=1e-6)
     assert relative(got_dq, dq) < 1e-4
     assert (got_rank - rank).abs().max() <= 1
+
+
+def test_a_thread_that_is_new_to_cuda(op):
+    """It has no context yet, without which the driver describes no memory to the copy engine."""
+    arguments = *make(9, 130, 128, queue_dtype=torch.float16), 0.2
+    want = op(*arguments)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(op, *arguments).result(60)
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
 def test_the_faster_sweep_is_taken(op, monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moco_fast import reference
 from moco_fast.native import compiled
-from moco_fast.native.compiled import DTYPES, stream
+from moco_fast.native.compiled import DTYPES, current, stream
 
 # torch >= 2.10 lets the compiled module read a list of tensors in one pass.
 _READS_TENSORS = (
@@ -47,7 +47,8 @@ def ema_update_(
     if rest:
         left, taken, *averages = _take(roles, rest)
         reference.ema_update_(left, taken, m, *averages)
-    compiled._C.ema_update(rows, _scalar(m), torch.get_num_threads(), stream(device))
+    with current(device):
+        compiled._C.ema_update(rows, _scalar(m), torch.get_num_threads(), stream(device))
 
 
 def _rows(
@@ -94,10 +95,11 @@ def sgd_(
     scratch = torch.empty(
         compiled._C.sgd_scratch(rows) if step.trust else 0, dtype=torch.float64, device=device
     )
-    compiled._C.sgd_step(
-        rows, tuple(step), _scalar(lr), _scalar(m), scratch.data_ptr(),
-        torch.get_num_threads(), stream(device),
-    )  # fmt: skip
+    with current(device):
+        compiled._C.sgd_step(
+            rows, tuple(step), _scalar(lr), _scalar(m), scratch.data_ptr(),
+            torch.get_num_threads(), stream(device),
+        )  # fmt: skip
 
 
 def adamw_(
@@ -118,9 +120,10 @@ def adamw_(
     if rest:
         left, with_grads, means, spreads, with_keys, counts = _take([*roles, steps], rest)
         reference.adamw_(left, with_grads, means, spreads, counts, with_keys, lr, m, step)
-    compiled._C.adamw_step(
-        rows, tuple(step), _scalar(lr), _scalar(m), torch.get_num_threads(), stream(device)
-    )
+    with current(device):
+        compiled._C.adamw_step(
+            rows, tuple(step), _scalar(lr), _scalar(m), torch.get_num_threads(), stream(device)
+        )
 
 
 def _fits(tensors: list[Tensor], device: torch.device, uniform: bool) -> bool:
