@@ -17,12 +17,14 @@ class Ring(nn.Module):
     A subclass holds the buffers and says where they are: ``rows`` and ``pointer``.
     """
 
+    # Once made it stays where it is, while shape and device last: CUDA graphs know its address.
     _mirror: Tensor | None
     _mirrored: int  # version of the rows that the mirror shows
+    _rewritten: bool  # by a CUDA graph whose replays raise no version
 
     def __init__(self) -> None:
         super().__init__()
-        self._forget_mirror()
+        self._mirror, self._mirrored, self._rewritten = None, -1, False
 
     @property
     def rows(self) -> Tensor:
@@ -39,13 +41,18 @@ class Ring(nn.Module):
         """The keys as rows, (K, dim), as :func:`moco_fast.info_nce` reads them fastest.
 
         For the GPU's kernels a float16 mirror of the buffer, which :meth:`enqueue_` keeps in step; it is
-        made anew after any other write that torch knows of (not one through ``.data``). Else :attr:`rows`.
+        written anew after any other write that torch knows of (not one through ``.data``). Else :attr:`rows`,
+        which ``precision="highest"`` needs in any case.
         """
         rows = self.rows
         if torch.compiler.is_compiling() or not self._mirror_is_read(rows):
             return rows
-        if self._mirror is None or self._mirrored != rows._version:
-            self._mirror, self._mirrored = rows.to(torch.float16), rows._version
+        if self._mirror is None or self._mirror.shape != rows.shape or self._mirror.device != rows.device:
+            with torch.inference_mode(False):  # training writes what an evaluation has made
+                self._mirror, self._mirrored = torch.empty_like(rows, dtype=torch.float16), -1
+        if self._mirrored != rows._version or self._rewritten:
+            self._mirror.copy_(rows)
+            self._mirrored = rows._version
         return self._mirror
 
     @staticmethod
@@ -60,21 +67,28 @@ class Ring(nn.Module):
     ) -> None:
         """Replace the oldest keys; see :func:`moco_fast.enqueue_`."""
         rows = self.rows  # a view has the version of what it shows
+        if torch.compiler.is_compiling():  # which knows of no version; it rises all the same
+            return ops.enqueue_(rows, self.pointer, keys, None, order)
         in_step = self._mirror is not None and self._mirrored == rows._version
         ops.enqueue_(rows, self.pointer, keys, self._mirror if in_step else None, order)
         if in_step:
             self._mirrored = rows._version
+        elif rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._rewritten = True
 
-    def _forget_mirror(self) -> None:
-        self._mirror, self._mirrored = None, -1
+    def _outdate_mirror(self) -> None:
+        self._mirrored = -1
 
     def _apply(self, *args, **kwargs):
-        self._forget_mirror()  # another device or dtype, and another count of versions
-        return super()._apply(*args, **kwargs)
+        module = super()._apply(*args, **kwargs)
+        self._outdate_mirror()  # other buffers, with versions of their own
+        if self._mirror is not None and self._mirror.device != self.rows.device:
+            self._mirror = None
+        return module
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._forget_mirror()  # assign=True puts other buffers here, with counts of their own
+        self._outdate_mirror()  # assign=True puts other buffers here, with versions of their own
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_mirror": None, "_mirrored": -1}  # copies and pickles make their own

@@ -135,6 +135,60 @@ def test_key_queue_keeps_its_mirror_in_step(backend):
     assert list(queue.state_dict()) == ["queue", "queue_ptr"]
 
 
+@pytest.fixture
+def mirrored(monkeypatch):
+    """A queue whose mirror is read, as on a GPU."""
+    monkeypatch.setattr(moco_fast.queue.Ring, "_mirror_is_read", staticmethod(lambda rows: True))
+    return moco_fast.KeyQueue(8, 60)
+
+
+def in_step(queue):
+    return torch.equal(queue.negatives, queue.rows.half())
+
+
+def test_a_mirror_made_in_an_evaluation_serves_the_training(mirrored):
+    with torch.inference_mode():
+        assert in_step(mirrored)
+    mirrored.enqueue_(torch.randn(7, 8))
+    assert in_step(mirrored)
+    mirrored.load_state_dict(moco_fast.KeyQueue(8, 60).state_dict())
+    with torch.inference_mode():
+        assert in_step(mirrored)
+    mirrored.enqueue_(torch.randn(7, 8))
+    assert in_step(mirrored)
+
+
+def test_a_mirror_stays_where_cuda_graphs_know_it(mirrored):
+    address = mirrored.negatives.data_ptr()
+    mirrored.load_state_dict(moco_fast.KeyQueue(8, 60).state_dict())
+    assert in_step(mirrored) and mirrored.negatives.data_ptr() == address
+    assert in_step(mirrored.double()) and mirrored.negatives.data_ptr() == address
+    assert mirrored.to("meta").negatives.device.type == "meta"
+
+
+def test_replays_that_raise_no_version(mirrored, monkeypatch):
+    """Of a CUDA graph that was captured before there was a mirror."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(moco_fast.queue.ops, "enqueue_", lambda *args: None)
+    mirrored.enqueue_(torch.randn(7, 8))
+    monkeypatch.undo()
+    monkeypatch.setattr(moco_fast.queue.Ring, "_mirror_is_read", staticmethod(lambda rows: True))
+    assert in_step(mirrored)
+    mirrored.queue.data.fill_(0.5)
+    assert in_step(mirrored)
+
+
+def test_a_compiled_step_with_a_mirror(mirrored):
+    """In one graph; afterwards the mirror is written anew."""
+    assert in_step(mirrored)
+    step = torch.compile(mirrored.enqueue_, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        before = mirrored.queue.clone()
+        step(torch.randn(7, 8))
+        assert not torch.equal(mirrored.queue, before) and in_step(mirrored)
+
+
 def test_opcheck_and_compile(backend):
     queue, ptr, keys = torch.zeros(10, 4), torch.tensor([8]), torch.randn(5, 4)
     torch.library.opcheck(_enqueue_, (queue, ptr, keys, None, None))

@@ -272,7 +272,7 @@ class MoCo(Method, KeyQueue):
             self.shuffle.agree(self.queue_ptr.device)
             if self.queue_sync == "global":
                 distributed.broadcast_(*self._shared_state())
-                self._forget_mirror()
+                self._outdate_mirror()
         # Images travel while the queries are encoded.
         exchanges = [self._exchange(images) if shuffles else None for _, images in directions]
         if not self._waiting and not self.ema_in_step:
