@@ -31,6 +31,7 @@ from moco_fast.ops import arguments
 class _EMAOptimizer(torch.optim.Optimizer):
     """What the optimizers share: gathering, checking, and the EMA of parameters they do not update."""
 
+    op = "sgd_"  # the name of the step among the backends'
     unsupported: tuple[str, ...] = ("differentiable",)  # options of torch.optim that would change the result
 
     m: float | Tensor
@@ -70,6 +71,12 @@ class _EMAOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
             self._check(group)
         super().__setstate__(state)
+        # As the parameters lie: a contiguous model's state meets no kernel beside channels_last weights.
+        for param, held in self.state.items():
+            for name, value in held.items():
+                same = getattr(value, "shape", ()) == getattr(param, "shape", None)
+                if same and value.stride() != param.stride():
+                    held[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked; see :meth:`torch.optim.Optimizer.add_param_group`."""
@@ -108,7 +115,8 @@ class _EMAOptimizer(torch.optim.Optimizer):
 
         left = dict(self._keys)
         for group, params in work:
-            keys = [left.pop(param, None) for param in params]
+            in_step = self._keys_in_step(params)
+            keys = [left.pop(param, None) if in_step else None for param in params]
             torch.autograd.graph.increment_version(
                 local_shards([*params, *(key for key in keys if key is not None)])
             )
@@ -116,6 +124,15 @@ class _EMAOptimizer(torch.optim.Optimizer):
         if left:
             ops.ema_update_(local_shards(left.values()), local_shards(left), self.m)
         return loss
+
+    def _keys_in_step(self, params: list[Tensor]) -> bool:
+        """Whether keys move in the pass over the parameters, which a step in plain PyTorch does not have.
+
+        The EMA is then one of its own, in a kernel where there is one.
+        """
+        first = local_shards(params[:1])
+        plain = backends.choose(self.op, first) is reference
+        return not plain or backends.choose("ema_update_", first) is reference
 
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], keys: list[Tensor | None]
@@ -278,6 +295,7 @@ class AdamW(_EMAOptimizer):
         TypeError, ValueError: an argument out of range, named.
     """
 
+    op = "adamw_"
     unsupported = ("amsgrad", "differentiable")
 
     def __init__(

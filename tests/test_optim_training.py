@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from optimizers import close, give_gradients, keys_of, make, parameters
+from optimizers import SHAPES, close, give_gradients, keys_of, make, parameters
 
 import moco_fast
+from moco_fast import native, reference
 from moco_fast.models.backbones import SMALL_RESNET, backbone
 from moco_fast.optim import LARS, SGD, AdamW
 
@@ -114,6 +115,46 @@ def test_keys_of_parameters_that_the_optimizer_does_not_have(backend):
     optimizer = SGD([trained], 0.1, ema=zip(keys, [trained, frozen], strict=True), m=0.75)
     optimizer.step()
     assert all((key == 0.25).all() for key in keys) and trained.tolist() == [1.0] * 3
+
+
+def test_keys_follow_in_a_kernel_of_their_own_where_the_step_has_none(monkeypatch):
+    """As on a GPU without the CUDA kernels, where Triton has the EMA alone."""
+    if reason := native.unavailable():
+        pytest.skip(reason)
+
+    def trained():
+        params = parameters()
+        keys = keys_of(params)
+        optimizer = make(AdamW, params, ema=list(zip(keys, params, strict=True)), m=0.9)
+        give_gradients(params, 0, skip=2)
+        optimizer.step()
+        return [*params, *keys]
+
+    want, seen, step = trained(), [], reference.adamw_
+    monkeypatch.setattr(native.compiled, "OPS", ("ema_update_",))
+    monkeypatch.setattr(reference, "adamw_", lambda *args: (seen.append(args[5]), step(*args)))
+    for got, expected in zip(trained(), want, strict=True):
+        close(got.detach(), expected.detach(), torch.float32)
+    assert seen == [[None] * (len(SHAPES) - 1)]
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW], ids=lambda kind: kind.__name__)
+def test_a_state_of_another_layout_is_laid_out_as_the_parameters(kind):
+    """A model in channels_last goes on with the checkpoint of a contiguous one."""
+
+    def of(layout):
+        param = torch.ones(16, 3, 3, 3).to(memory_format=layout).requires_grad_()
+        optimizer = make(kind, [param])
+        give_gradients([param], 0)
+        optimizer.step()
+        return param, optimizer
+
+    param, optimizer = of(torch.channels_last)
+    other = of(torch.contiguous_format)[1].state_dict()
+    optimizer.load_state_dict(other)
+    for name, value in optimizer.state[param].items():
+        assert torch.equal(value, other["state"][0][name])
+        assert value.ndim == 0 or value.stride() == param.stride()
 
 
 def test_groups_closures_and_copies(backend):
