@@ -123,6 +123,9 @@ def in_range(name: str, value: Tensor, end: int, start: int = 0) -> None:
         raise ValueError(f"{name} must be in [{start}, {end}), got {least} to {most}")
 
 
+FINITE_PART = 2**26  # values looked at in one go: what is checked may fill most of the memory
+
+
 def finite(**tensors: Tensor) -> None:
     """Raise ValueError if a tensor holds NaN or infinity, naming it and its first bad row.
 
@@ -132,8 +135,8 @@ def finite(**tensors: Tensor) -> None:
         >>> moco_fast.checks.finite(q=q, queue=queue)
     """
     for name, value in tensors.items():
-        bad = ~torch.isfinite(value)
-        if bad.any():
+        if not all(part.isfinite().all() for part in value.flatten().split(FINITE_PART)):
+            bad = ~torch.isfinite(value)
             first = tuple(int(i) for i in bad.nonzero()[0])
             raise ValueError(
                 f"{name} must be finite, got {int(bad.sum())} non-finite of {value.numel()} values, "

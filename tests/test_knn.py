@@ -237,7 +237,7 @@ def test_extract_features_leaves_no_trace():
         torch.rand(3)
         return encoder(images).bfloat16()
 
-    features, indices = extract_features(encoder, batches, noisy)
+    features, indices = extract_features(encoder, batches, noisy, 10)
     assert features.shape == (10, 5) and features.dtype == torch.float32 and not features.requires_grad
     assert indices.tolist() == list(range(10))
     assert [m.training for m in encoder.modules()] == modes
@@ -253,10 +253,10 @@ def test_extract_features_restores_modes_after_an_error():
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        extract_features(encoder, batches, fails)
+        extract_features(encoder, batches, fails, 10)
     assert [m.training for m in encoder.modules()] == modes
     with pytest.raises(ValueError, match="batches is empty"):
-        extract_features(encoder, [], encoder)
+        extract_features(encoder, [], encoder, 10)
 
 
 def test_shares_are_consecutive_and_whole(monkeypatch):
@@ -320,6 +320,7 @@ def test_processes_give_what_one_gives(tmp_path, monkeypatch):
 
 
 def test_raw_pixels_are_small_whatever_the_view():
-    view = View(224, [0.3] * 3, [0.4] * 3, torch.device("cpu")).raw()
+    view = View(224, [0.3] * 3, [0.4] * 3, torch.device("cpu")).raw(20_000)
     assert (view.size, view.mean, view.std) == (64, [0.0] * 3, [1.0] * 3)
-    assert View(28, [0.3], [0.4], torch.device("cpu")).raw().size == 28
+    assert View(28, [0.3], [0.4], torch.device("cpu")).raw(60_000).size == 28
+    assert View(224, [0.0] * 3, [1.0] * 3, torch.device("cpu")).raw(1_281_167).size == 16  # 3.9 GB

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from largest import Largest
 from torch import nn
 from torch.nn import functional as F
 
@@ -90,6 +91,15 @@ def test_a_sweep_is_its_runs(normalize):
         if i == together.chosen:
             assert torch.allclose(alone.weight, together.weight, rtol=1e-4, atol=1e-5)
             assert torch.equal(alone.classes, together.classes)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_features_are_not_copied_whole(normalize):
+    """Those of a million images fill a GPU."""
+    train, test = clusters(2003), clusters(101, seed=2)
+    with Largest() as largest:
+        train_heads(*train, *test, 5, replace(CONFIG, normalize=normalize))
+    assert largest.elements <= train[0].numel()  # scaled, or with the ones of the bias, they have more
 
 
 def test_twins_do_not_see_what_is_held_out():

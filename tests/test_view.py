@@ -76,7 +76,7 @@ def test_other_sizes_and_datasets_are_shown_whole(folder):
     own = ImageSet(MemoryImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), None)
     assert View(224, [0.0] * 3, [1.0] * 3, CPU).crop_of(own) == 1.0
     assert View(64, [0.0] * 3, [1.0] * 3, CPU, crop=0.5).crop_of(own) == 0.5
-    assert View(224, [0.0] * 3, [1.0] * 3, CPU).raw().crop_of(images) == 1.0
+    assert View(224, [0.0] * 3, [1.0] * 3, CPU).raw(4).crop_of(images) == 1.0
 
 
 def test_a_crop_cuts_pixels_out():

@@ -101,7 +101,7 @@ class Knn:
             names = ", ".join(dataset.class_names[label] for label in absent[:5])
             console.print(f"No image in the bank for {len(absent)} of the classes asked for: {names}")
         accuracy: dict[int, dict[str, tuple[float, float]]] = {k: {} for k in self.k}
-        for name, network, view in subject.rows():  # those of the trained features come last
+        for name, network, view in subject.rows(len(bank)):  # those of the trained features come last
             predicted = knn_predict(
                 own_features(network, train, bank, view, CHUNK), train.labels[bank],
                 all_features(network, test, asked, view),

@@ -64,7 +64,7 @@ class Linear:
             arch=self.arch, image_size=self.image_size, workers=self.workers, crop=self.crop,
         )  # fmt: skip
         dataset = subject.dataset
-        rows = subject.rows(self.baselines)
+        rows = subject.rows(len(dataset.train), self.baselines)
         results: dict[str, LinearResult] = {}
         with Bar(console, len(rows) * self.protocol.epochs, "epochs") as bar:
             for name, network, view in rows:

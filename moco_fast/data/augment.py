@@ -129,7 +129,7 @@ class TwoCrops:
         """
         _check_images(images, self.mean)
         aspect = _aspect(images, aspect)
-        unit = images.float() / 255
+        unit = _unit(images)
         query, key = (_view(unit, config, generator, aspect, part) for config in self.configs)
         return _normalize_(query, self.mean, self.std), _normalize_(key, self.mean, self.std)
 
@@ -146,7 +146,7 @@ def random_view(
     """One random view of every image, (N, C, S, S) float32 and normalised; args as for :class:`TwoCrops`."""
     mean, std = _statistics(mean, std)
     _check_images(images, mean)
-    view = _view(images.float() / 255, config, generator, _aspect(images, aspect), part)
+    view = _view(_unit(images), config, generator, _aspect(images, aspect), part)
     return _normalize_(view, mean, std)
 
 
@@ -174,7 +174,12 @@ def center_view(
     margin = (1 - crop) / 2
     box = torch.stack((left + margin * width, top + margin * height, crop * width, crop * height), dim=1)
     keep = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    return _normalize_(resample(images.float() / 255, box, keep, size), mean, std)
+    return _normalize_(resample(_unit(images), box, keep, size), mean, std)
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Pixels from 0 to 1, in one new tensor."""
+    return images.to(torch.float32, copy=True).div_(255)
 
 
 def _view(

@@ -8,6 +8,7 @@ Tests: tests/test_knn.py, tests/test_view.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,9 @@ from moco_fast.distributed import all_gather_rows, largest, rank, world_size
 from moco_fast.evaluate.knn import extract_features
 
 EVALUATION_BATCH = 500
-RAW_SIZE = 64  # pixels at most, where they are the features: 224 x 224 x 3 of them fill the memory
+# Pixels at most, where they are the features: 224 x 224 x 3 of each image fill the memory, and of a million
+# images fewer do.
+RAW_SIZE, RAW_BYTES = 64, 2**32
 # What Resize(256) and CenterCrop(224) leave of the shorter side: the test view of ImageNet's figures.
 CROP, CROP_FROM = 0.875, 224
 
@@ -61,10 +64,14 @@ class View:
             return self.crop
         return CROP if of_files and self.size >= CROP_FROM else 1.0
 
-    def raw(self) -> View:
+    def raw(
+        self,
+        count: int,  # of images that are kept as features
+    ) -> View:
         """Pixels from 0 to 1, as features: cosine similarity depends on where zero is."""
         zeros, ones = [0.0] * len(self.mean), [1.0] * len(self.std)
-        return replace(self, size=min(self.size, RAW_SIZE), mean=zeros, std=ones)
+        fits = math.isqrt(RAW_BYTES // (4 * count * len(self.mean)))
+        return replace(self, size=max(1, min(self.size, RAW_SIZE, fits)), mean=zeros, std=ones)
 
     def of(
         self,
@@ -72,10 +79,11 @@ class View:
         rows: Tensor,  # (M,)
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of network inputs (B, C, size, size), and which rows they are, (B,)."""
-        loader = BatchLoader(images, min(EVALUATION_BATCH, len(images)), seed=0, workers=self.workers)
+        size, pin = min(EVALUATION_BATCH, len(images)), self.device.type == "cuda"
+        loader = BatchLoader(images, size, seed=0, workers=self.workers, pin_memory=pin)
         for batch in loader.in_order(rows):
-            aspect = None if batch.aspect is None else batch.aspect.to(self.device)
-            pixels = batch.images.to(self.device).expand(-1, len(self.mean), -1, -1)
+            aspect = None if batch.aspect is None else batch.aspect.to(self.device, non_blocking=True)
+            pixels = batch.images.to(self.device, non_blocking=True).expand(-1, len(self.mean), -1, -1)
             crop = self._crop(aspect is not None)
             yield center_view(pixels, self.size, self.mean, self.std, aspect, crop), batch.indices
 
@@ -96,7 +104,7 @@ def features_of(
         view: what the network is shown.
         call: what to call for features; default: ``network`` itself.
     """
-    return extract_features(network, view.of(images, rows), call or network)[0]
+    return extract_features(network, view.of(images, rows), call or network, len(rows))[0]
 
 
 def share(count: int, unit: int, of_rank: int) -> slice:

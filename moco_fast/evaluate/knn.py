@@ -146,6 +146,7 @@ def extract_features(
     encoder: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],  # ((B, C, H, W) model inputs, (B,) indices)
     features_of: Callable[[Tensor], Tensor],  # (B, C, H, W) -> (B, F)
+    count: int,  # N
 ) -> tuple[Tensor, Tensor]:
     """Features of every image, in eval mode, without gradients and without a trace.
 
@@ -156,25 +157,32 @@ def extract_features(
         encoder: the model that ``features_of`` runs.
         batches: prepared inputs, on the encoder's device, and the rows of the dataset they are.
         features_of: pooled features before the head.
+        count: images in all batches. Features go where they stay: a million fill a GPU once, not twice.
 
     Returns:
         Features (N, F) float32 on the encoder's device, and indices (N,) on the CPU.
     """
     modes = [(module, module.training) for module in encoder.modules()]
-    features, indices = [], []
+    features: Tensor | None = None
+    indices: list[Tensor] = []
+    done = 0
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         encoder.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             for images, rows in batches:
-                features.append(features_of(images).float())
+                found = features_of(images).float()
+                if features is None:
+                    features = found.new_empty(count, found.shape[1])
+                features[done : done + len(rows)] = found
                 indices.append(rows.cpu())
+                done += len(rows)
     finally:
         for module, training in modes:
             module.training = training
-    if not features:
+    if features is None:
         raise ValueError("batches is empty: there is nothing to extract features from")
-    return torch.cat(features), torch.cat(indices)
+    return features[:done], torch.cat(indices)
 
 
 def _merged(*lists: Neighbours, k: int) -> Neighbours:

@@ -222,7 +222,7 @@ def train_heads(
     seen[1:, held_out] = 0
     cached = batches is None
     if batches is None:
-        batches = cached_batches(scaler(train), labels, config)
+        batches = cached_batches(train, labels, config)
     alone = cached and train.device.type == "cpu" and heads.weight.numel() * config.batch_size < SMALL
     with _one_thread() if alone else nullcontext():
         for epoch in range(config.epochs):
@@ -230,7 +230,7 @@ def train_heads(
             for x, y, rows in batches(epoch):
                 share = seen[:, rows]
                 share /= share.sum(1, keepdim=True).clamp(min=1)
-                heads.step(x if cached else scaler(x), y, share, factor)
+                heads.step(scaler(x), y, share, factor)
             on_epoch(epoch + 1)
 
     # what came of it

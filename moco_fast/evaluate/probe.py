@@ -103,7 +103,7 @@ class KnnProbe:
     def _features(self, model: nn.Module | None, images: ImageSet, rows: Tensor) -> Tensor:
         """Features of the images at ``rows``, on the device: a method's, or what another network returns."""
         if model is None:
-            return features_of(nn.Flatten(), images, rows, self._view.raw())
+            return features_of(nn.Flatten(), images, rows, self._view.raw(len(self.bank)))
         call = model.features if isinstance(model, Method) else None
         return features_of(model, images, rows, self._view, call)
 

@@ -123,7 +123,7 @@ def _linear(run: _Run, rows: Sequence[Row], console: Any) -> dict[str, float]:
     found = {}
     if known:
         found = {RANDOM: known[0].linear_random_init, PIXELS: known[0].linear_raw_pixels}
-    for name, network, view in subject.rows(baselines=not known):
+    for name, network, view in subject.rows(len(subject.dataset.train), not known):
         found[name] = evaluate_linear(network, subject.dataset, view, PROBE).best.acc1
     return found
 

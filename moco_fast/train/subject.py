@@ -63,13 +63,17 @@ class Subject:
         counts = confusion(predicted.cpu(), test.labels, len(names))
         plot_confusion(counts, names, out_png, f"{self}: {by}")
 
-    def rows(self, baselines: bool = True) -> list[tuple[str, nn.Module, View]]:
+    def rows(
+        self,
+        count: int,  # of images whose features are kept
+        baselines: bool = True,
+    ) -> list[tuple[str, nn.Module, View]]:
         """What to measure, by name: raw pixels, the backbone as it was initialised, and as it was trained."""
         own = (TRAINED, self.pretrained.backbone, self.view)
         if not baselines:
             return [own]
         fresh = self.pretrained.fresh().to(self.view.device)
-        return [(PIXELS, nn.Flatten(), self.view.raw()), (RANDOM, fresh, self.view), own]
+        return [(PIXELS, nn.Flatten(), self.view.raw(count)), (RANDOM, fresh, self.view), own]
 
 
 def load_subject(
