@@ -38,11 +38,11 @@ class Step:
 
     def __init__(self, start: list[Tensor], name: str, update: Update | None, dtype=torch.float32, **options):
         make, recipe, _ = OPTIMIZERS[name]
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(start[0].device).manual_seed(1)
         self.queries = [tensor.to(dtype, copy=True).requires_grad_() for tensor in start]
         self.keys = [tensor.to(dtype, copy=True) for tensor in start]
         for query in self.queries:
-            query.grad = torch.randn(query.shape, generator=generator).to(query)
+            query.grad = torch.randn(query.shape, generator=generator, device=query.device).to(dtype)
         if update is None:
             make = getattr(moco_fast, name)
             options["ema"] = list(zip(self.keys, self.queries, strict=True))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import moco_fast
 from bench import compiling, measure
 from bench import info_nce_peers as other
-from bench.case import NATIVE, OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, serving
+from bench.case import NATIVE, OFFICIAL, OURS, PAIRS, REFERENCE, Case, Peer, bind, relative, serving
 from bench.info_nce_peers import Inputs, Run
 from moco_fast import native
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 # By what the products may round their operands to: options of a peer. Errors on clustered features are about
 # 24 times those on random ones, 1.7e-4 in fp16 and 3.4e-4 in bf16, and some more.
 PRECISIONS = {
-    "highest": {"tolerance": 1e-3, "product": "fp32"},
+    "highest": {"tolerance": 1e-3, "product": PAIRS},
     "high": {"tolerance": 1e-2, "product": "fp16"},
     "medium": {"tolerance": 3e-2, "product": "bf16"},
 }
@@ -93,6 +93,8 @@ def case(size: tuple[int, int, int], device: torch.device = CPU, temperature: fl
         return bind(run, errors, sets["random"], **options)
 
     x = sets["random"]
+    moved = 4.0 * (k * c + 3 * n * c)
+    half = moved - 2.0 * k * c  # from a queue in fp16
     backends, absent = serving("info_nce", (x.q, x.k, x.queue))
     peers = {}
     for backend in backends:
@@ -104,7 +106,7 @@ def case(size: tuple[int, int, int], device: torch.device = CPU, temperature: fl
                 peers[f"{OURS} {backend}, {precision}"] = peer(ours(backend, precision), **options)
             # What the model runs.
             mirrored = ours(backend, "high", mirror=True)
-            peers[f"{OURS} {backend}, high, fp16 mirror"] = peer(mirrored, **PRECISIONS["high"])
+            peers[f"{OURS} {backend}, high, fp16 mirror"] = peer(mirrored, bytes=half, **PRECISIONS["high"])
         else:  # "high" and "highest" are both fp32 on a CPU
             peers[f"{OURS} {backend}"] = peer(ours(backend))
             if native.has_bf16_units():
@@ -118,7 +120,6 @@ def case(size: tuple[int, int, int], device: torch.device = CPU, temperature: fl
         absent |= other.UNSUITABLE
     peers |= {name: peer(run, **options) for name, (run, options) in others.items()}
     peers[OFFICIAL] = peer(other.official)
-    moved = 4.0 * (k * c + 3 * n * c)
     label = f"N={n}, K={k}, C={c}" + ("" if temperature == TEMPERATURE else f", T={temperature:g}")
     return Case("info_nce", label, peers, 4.0 * n * k * c, moved, absent)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import moco_fast
 from bench import measure
-from bench.case import OFFICIAL, OURS, REFERENCE, Case, Peer, bind, relative, serving
+from bench.case import OFFICIAL, OURS, PAIRS, REFERENCE, Case, Peer, bind, relative, serving
 from bench.compiling import compile_later
 
 TEMPERATURE = 0.1
@@ -25,7 +25,7 @@ QUICK = [(8, 32)]
 COMPILED = "torch.compile"
 # By what the products may round their operands to: options of a peer.
 PRECISIONS = {
-    "highest": {"tolerance": 1e-4, "product": "fp32"},
+    "highest": {"tolerance": 1e-4, "product": PAIRS},
     "high": {"tolerance": 2e-3, "product": "fp16"},
     "medium": {"tolerance": 2e-2, "product": "bf16"},
 }

@@ -74,11 +74,11 @@ def with_gradients(
 def case(size: Size, device: torch.device = CPU) -> Case:
     """The case of one size."""
     n, c, side, splits, channels_last, dtype = size
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device=device)
 
     x, dy = (random(n, c, side, side).to(dtype).contiguous(memory_format=layout) for _ in range(2))
     x += 0.5

@@ -20,6 +20,9 @@ OURS = "moco_fast"  # the names of our own peers begin with it
 NATIVE, REFERENCE, OFFICIAL = f"{OURS} native", f"{OURS} reference", "official formula"
 
 
+PAIRS = "3 x fp16"  # product of operands that come as pairs of fp16: three in place of one
+
+
 class WrongResult(RuntimeError):
     """One of our own ways, or the official one, differs from float64 by more than rounding explains."""
 
@@ -48,6 +51,7 @@ class Peer:
     # The largest error that still counts as rounding; eager fp32 reaches 1.4e-5 on clustered features.
     tolerance: float = 1e-4
     product: str = "fp32"  # operands of its matrix products: which rate bounds it
+    bytes: float | None = None  # what it must move at least, where its inputs are not those of the case
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ def measure_case(
                 "speedup_over_official": cold[OFFICIAL] / cold[name],
                 "extra_memory_mb": None if peak is None else peak / 1e6,
                 "product": case.peers[name].product,
+                "bytes": case.peers[name].bytes,
                 "errors": errors,
             }
         )

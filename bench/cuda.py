@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 COLD, WARM, GRAPH_COLD, GRAPH_WARM = "cold", "warm", "graph, cold", "graph, warm"
-# About 0.2 ms at 2 GHz: longer than the host needs to enqueue a graph of a few hundred kernels.
-SPIN_CYCLES = 400_000
+# About 0.2 ms at 2 GHz: longer than the host needs to enqueue a graph of a few hundred kernels. Up to 40 ms
+# for those of more.
+SPIN_CYCLES, MOST_CYCLES = 400_000, 80_000_000
 WARM_UPS = 3
 EMPTY_GRAPHS = 21
 
@@ -51,7 +52,7 @@ def _launched(run: Call, device: torch.device, cold: bool) -> Callable[[], float
         else:
             run()
         torch.cuda.synchronize(device)
-        return _between_events(run)
+        return _between_events(run)[0]
 
     return timer
 
@@ -60,27 +61,36 @@ def device_clock(run: Call, device: torch.device, prepare: Call = lambda: None) 
     """A timer of what a call takes on the device: all of it is enqueued before any of it starts.
 
     Args:
-        run: what to time; enqueues in less time than the spinning kernel takes, and never waits.
+        run: what to time; never waits. The kernel before it spins for as long as enqueueing takes.
         device: the current CUDA device.
         prepare: enqueued before it; decides what the L2 holds.
     """
 
+    cycles = SPIN_CYCLES
+
     def timer() -> float:
-        torch.cuda.synchronize(device)
-        prepare()
-        torch.cuda._sleep(SPIN_CYCLES)  # touches no memory: the L2 stays as prepared
-        return _between_events(run)
+        nonlocal cycles
+        while True:
+            torch.cuda.synchronize(device)
+            prepare()
+            torch.cuda._sleep(cycles)  # touches no memory: the L2 stays as prepared
+            seconds, begun = _between_events(run)
+            if not begun or cycles >= MOST_CYCLES:
+                return seconds
+            cycles *= 4
 
     return timer
 
 
-def _between_events(run: Call) -> float:
+def _between_events(run: Call) -> tuple[float, bool]:
+    """Seconds on the device, and whether it had begun before all was enqueued."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
     end.record()
+    begun = start.query()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3, begun
 
 
 def flush_l2(device: torch.device) -> None:

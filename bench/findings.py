@@ -50,11 +50,10 @@ class Findings:
         for result in results:
             for peer in result["peers"]:
                 seconds = peer["kernel_ms"] / 1e3
-                peer["gb_per_s"] = result["bytes"] / seconds / 1e9
+                nbytes = peer.get("bytes") or result["bytes"]
+                peer["gb_per_s"] = nbytes / seconds / 1e9
                 peer["tflop_per_s"] = result["flops"] / seconds / 1e12
-                peer["roofline_share"] = self.roof.share(
-                    result["flops"], result["bytes"], peer["product"], seconds
-                )
+                peer["roofline_share"] = self.roof.share(result["flops"], nbytes, peer["product"], seconds)
         return {
             "device": self.about,
             "quick": self.quick,

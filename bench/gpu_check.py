@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT / "bench"]
 
 LIMIT = 470.0  # seconds for everything
-GRACE = 5.0  # seconds between SIGINT, at which pytest says what failed, and SIGKILL
 CUDA_BIN = "/usr/local/cuda/bin"  # of nvcc and compute-sanitizer, where PATH leaves it out
 REFERENCE = "moco_fast reference"  # PyTorch, whose times say nothing of the kernels
 
@@ -74,6 +73,7 @@ class Stage:
     Attributes:
         tool: an executable it cannot do without.
         least: seconds without which it is left out, which is no failure.
+        grace: seconds between SIGINT, at which pytest says what failed, and SIGKILL.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Stage:
     tool: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     least: float = 0.0
+    grace: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,10 @@ def stages(out: Path, figures: Path) -> list[Stage]:
     timing = ["--seconds", "1.5", "--add", "--out", str(figures)]
     # Most of the tests' time goes into compiling kernels, which several processes do at once.
     parallel = ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    # Names of failed tests as they fail, and last of all; a file that cannot be imported stops no other.
-    verbose = ["-v", "--tb=short", "-rfE", "--continue-on-collection-errors"]
+    # What failed as it fails, and last of all by name; a file that cannot be imported stops no other.
+    verbose = ["-p", "bench.gpu_tests", "-v", "--tb=short", "-rfE", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("pytest_timeout"):  # a kernel that waits for itself never ends
+        verbose += ["--timeout", "60", "--timeout-method", "thread"]
     sanitizer = "compute-sanitizer"
     # In the blocks of torch's allocator nothing is out of bounds; probing for an API is no error.
     tools = {
@@ -131,7 +134,14 @@ def stages(out: Path, figures: Path) -> list[Stage]:
             "tests",
             [*module, "pytest", "tests", "-m", "gpu", *verbose, *parallel],
             85,
-            environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},  # without it deterministic products raise
+            environment={
+                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it deterministic products raise
+                # The processes share the cores.
+                "OMP_NUM_THREADS": "2",
+                "GOMP_SPINCOUNT": "2000",
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            },
+            grace=15.0,  # xdist takes ten of them
         ),
         # The sanitizers find the kernels compiled.
         Stage("small shapes", [*module, "bench.each", "9", *module, "bench.sanitize", "--ops"], 30),
@@ -139,7 +149,7 @@ def stages(out: Path, figures: Path) -> list[Stage]:
             Stage(
                 tool,
                 [
-                    *(*module, "bench.each", "4"),
+                    *(*module, "bench.each", "9"),
                     *(sanitizer, "--tool", tool, *options, "--error-exitcode", "1"),
                     *(*module, "bench.sanitize", "--ops"),
                 ],
@@ -195,10 +205,11 @@ def run(stage: Stage, limit: float, log: Path) -> Row:
             result = "out of time"
             os.killpg(process.pid, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(stage.grace)
             with suppress(ProcessLookupError):  # all have ended
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a driver may hold what waits for its GPU
+                process.wait(stage.grace)
         stream.seek(start)
         lines = [line.strip() for line in stream.read().splitlines() if line.strip()]
     if result != "passed":
@@ -251,7 +262,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = ROOT / "build" / "gpu-check"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help="default: build/gpu-check")
-    out = parser.parse_args(arguments).out.resolve()
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="STAGE",
+        help='after the build these stages, or those that begin so, such as "time"; in all the time there is',
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
     name = gpu()
     if name is None:
         print("gpu-check: torch finds no GPU here, so nothing was checked")
@@ -263,9 +279,16 @@ def main(arguments: list[str] | None = None) -> int:
     due = begin
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder)
-        for stage in stages(out, figures):
+        chosen = [
+            stage
+            for stage in stages(out, figures)
+            if not options.only or stage.name.startswith(("build", *options.only))
+        ]
+        # What other stages would take goes to those chosen.
+        share = LIMIT / sum(stage.seconds for stage in chosen) if options.only else 1.0
+        for stage in chosen:
             print(f"{stage.name} ...", flush=True)
-            due += stage.seconds
+            due += stage.seconds * share
             done.append(run(stage, due - time.monotonic(), log))
             print(f"{stage.name}: {done[-1].result}", flush=True)
             rows = [*done, *against_aims(collect_figures(figures, out))]

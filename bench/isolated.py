@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
 
 from bench.case import reason
+
+LONGEST = 120.0  # seconds of a call: a kernel that waits for itself never ends
 
 
 class Processes(AbstractContextManager):
@@ -33,9 +35,13 @@ class Processes(AbstractContextManager):
     def _error(self, function: Callable, arguments: tuple) -> str | None:
         process = self._free.get()
         try:
-            error = process.submit(_guarded, function, arguments).result()
+            error = process.submit(_guarded, function, arguments).result(LONGEST)
         except BrokenProcessPool:
             error = "its process ended"
+        except TimeoutError:
+            error = f"it had not ended after {LONGEST:.0f} s"
+            for hung in process._processes.values():
+                hung.kill()
         if error:  # a fault of the GPU, say, stays with the process that caused it
             process.shutdown(wait=False)
             process = _process()

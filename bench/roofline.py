@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import cuda, measure
+from bench.case import PAIRS
 from moco_fast import native
 
 
@@ -26,7 +27,8 @@ class Roofline:
 
     def share(self, flops: float, nbytes: float, product: str, seconds: float) -> float:
         """``max(flops / rate, bytes / bandwidth) / seconds``: 1 is as fast as the roof allows."""
-        return max(flops / self.products[product], nbytes / self.copy) / seconds
+        rate = self.products["fp16"] / 3 if product == PAIRS else self.products[product]
+        return max(flops / rate, nbytes / self.copy) / seconds
 
 
 def roofline(device: torch.device, quick: bool) -> Roofline:

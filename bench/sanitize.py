@@ -64,25 +64,28 @@ def dino(device: torch.device) -> None:
         moco_fast.dino(q, keys, prototypes, queue, center, precision=precision).backward()
 
 
-def tensors(device: torch.device) -> list[Tensor]:
-    """Some of each kind: small, of odd sizes, of several blocks, a view off its alignment, and many."""
-    shapes = [(37,), (5, 3, 3, 3), (1000, 70), *[(3,)] * TENSORS]
-    return [torch.randn(9001, device=device)[1:], *(torch.randn(shape, device=device) for shape in shapes)]
+def tensors(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Some of each kind: small, of odd sizes, of several blocks, a view off its alignment, and many.
+
+    The many share their memory: a thousand allocations take longer under the sanitizer than all kernels.
+    """
+    shapes = [(9001,), (37,), (5, 3, 3, 3), (1000, 70)]
+    shifted, *others = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    many = torch.randn(TENSORS, 4, device=device, dtype=dtype)[:, :3]
+    return [shifted[1:], *others, *many.unbind()]
 
 
 def ema_update_(device: torch.device) -> None:
     sources = tensors(device)
-    moco_fast.ema_update_([source.clone() for source in sources], sources, 0.99)
-    low = [source.bfloat16() for source in sources]
-    moco_fast.ema_update_(low, sources, 0.99, masters=[source.clone() for source in sources])
+    moco_fast.ema_update_(tensors(device), sources, 0.99)
+    moco_fast.ema_update_(tensors(device, torch.bfloat16), sources, 0.99, masters=tensors(device))
 
 
 def fused_step(device: torch.device) -> None:
     for make in (moco_fast.SGD, moco_fast.AdamW, moco_fast.LARS):
-        params = tensors(device)
-        keys = [param.clone() for param in params]
-        for param in params:
-            param.requires_grad_().grad = torch.randn_like(param)
+        params, keys = tensors(device), tensors(device)
+        for param, grad in zip(params, tensors(device), strict=True):
+            param.requires_grad_().grad = grad
         options = {} if make is moco_fast.AdamW else {"momentum": 0.9}
         optimizer = make(params, lr=0.1, **options, ema=list(zip(keys, params, strict=True)))
         optimizer.step()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,6 +254,17 @@ def test_calls_in_other_processes_fail_alone():
             "ValueError: invalid literal for int() with base 10: 'x'",
             None,
         ]
+
+
+def test_a_call_that_never_ends_is_ended(monkeypatch):
+    """As a kernel that waits for itself."""
+    monkeypatch.setattr(isolated, "LONGEST", 20.0)
+    with isolated.Processes(1) as processes:
+        assert list(processes.errors(int, [("1",)])) == [None]  # the process has started
+        monkeypatch.setattr(isolated, "LONGEST", 0.5)
+        assert list(processes.errors(time.sleep, [(3600,)])) == ["it had not ended after 0 s"]
+        monkeypatch.setattr(isolated, "LONGEST", 20.0)
+        assert list(processes.errors(int, [("1",)])) == [None]
 
 
 def test_candidates_run_in_other_processes():

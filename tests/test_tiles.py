@@ -95,10 +95,15 @@ def test_enqueue_runs_the_tiles_it_is_given(interpreter, monkeypatch):
     assert torch.equal(queues[0], queues[1]) and queues[0].any(dim=1).sum() == 5
 
 
+def classes():
+    for name in KERNELS:
+        for key in importlib.import_module(f"moco_fast.kernels.{name}").TILES:
+            yield pytest.param(name, key, id=f"{name}-{key}")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", KERNELS)
-def test_the_present_tiles_run_on_the_gpu(name):
+@pytest.mark.parametrize(("name", "key"), list(classes()))
+def test_the_present_tiles_run_on_the_gpu(name, key):
     module = importlib.import_module(f"moco_fast.kernels.{name}")
-    for key, now in module.TILES.items():
-        module.tune_case(key)(now)()
+    module.tune_case(key)(module.TILES[key])()
     torch.cuda.synchronize()
