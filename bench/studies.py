@@ -27,9 +27,11 @@ def section(folder: Path, name: str, scale: str, images: Path) -> str:
     shutil.copyfile(folder / "figure.png", picture)
     seconds = sorted(row.seconds for row in rows)
     runs = f"{len(rows)} runs, {seconds[len(seconds) // 2]:.0f} s each (median, with the evaluation)"
+    seeds = len({row.seed for row in rows})
+    command = f"moco-fast study {name}" + (f" --seeds {seeds}" if seeds > 1 else "")
     table = (folder / "table.md").read_text(encoding="utf-8")
     return (
-        f"## {study.question}\n\n`moco-fast study {name}`, {scale} scale, after {study.source}. {runs}.\n\n"
+        f"## {study.question}\n\n`{command}`, {scale} scale, after {study.source}. {runs}.\n\n"
         f"{table}\n![{study.question}](images/{picture.name})\n"
     )
 

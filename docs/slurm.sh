@@ -8,9 +8,10 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
 # On 4 machines of 8 GPUs, into the folder of the job's name in runs/, on a file system that all machines share (instead
-# of --out, which this script gives itself):
+# of --out, which this script gives itself). Each experiment wants a name of its own: what its folder holds is gone on
+# with.
 #
-#   sbatch docs/slurm.sh --preset moco-v2 --data imagenet/ --batch-size 1024
+#   sbatch --job-name v2 docs/slurm.sh --preset moco-v2 --data imagenet/ --batch-size 1024
 #
 # Two minutes before the time is up every process gets SIGTERM, saves after the same step and ends. Submitted again,
 # the job goes on from there; submitted several times with "sbatch --dependency=singleton", one after another.

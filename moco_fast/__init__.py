@@ -74,11 +74,13 @@ _HOME = {
     "take_rows": "ops",
     "use_backend": "backends",
 }
+# Those that docs/api.md names; the rest are imported by their own names.
+_MODULES = ("checks", "compat", "data", "distributed", "models", "reference")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "checks":
-        return importlib.import_module("moco_fast.checks")
+    if name in _MODULES:
+        return importlib.import_module(f"moco_fast.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'moco_fast' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"moco_fast.{_HOME[name]}"), name)

@@ -15,7 +15,10 @@ from moco_fast.kernels import backend as triton
 
 # All that a backend has a kernel for; the reference has every one of them.
 OPS = tuple(dict.fromkeys((*triton.OPS, *native.OPS)))
-OPTIONAL = ("torchvision", "triton", "rich", "tyro", "tensorboard", "matplotlib", "scikit-learn")
+PACKAGES = (
+    *("numpy", "triton", "torchvision", "timm", "safetensors", "pillow", "rich", "tyro", "tensorboard"),
+    *("matplotlib", "scikit-learn"),
+)
 
 
 def report() -> Iterator[tuple[str, str]]:
@@ -23,7 +26,7 @@ def report() -> Iterator[tuple[str, str]]:
     yield "moco_fast", __version__
     yield "Python", f"{sys.version.split()[0]} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"
-    for name in OPTIONAL:
+    for name in PACKAGES:
         yield name, _version(name)
     yield from _native()
     if torch.cuda.is_available():

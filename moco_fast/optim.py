@@ -7,7 +7,7 @@ per parameter group.
 
     >>> model = moco_fast.MoCo(...)
     >>> optimizer = moco_fast.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4,
-    ...                           ema=model.move_ema_into_step(), m=0.999)
+    ...                           ema=model.move_ema_into_step(), m=model.m)
 
 Without ``ema`` they are plain optimizers. Arguments and state dicts are those of
 ``torch.optim``, whose checkpoints they load and which loads theirs. Of parameters
@@ -178,7 +178,8 @@ class SGD(_EMAOptimizer):
         TypeError, ValueError: an argument out of range, named.
 
     Example:
-        >>> optimizer = moco_fast.SGD(model.parameters(), 0.03, momentum=0.9, ema=model.move_ema_into_step())
+        >>> pairs = model.move_ema_into_step()
+        >>> optimizer = moco_fast.SGD(model.parameters(), 0.03, momentum=0.9, ema=pairs, m=model.m)
     """
 
     def __init__(

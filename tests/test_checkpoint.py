@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import stat
+import struct
 import time
 
 import numpy as np
@@ -120,8 +121,15 @@ def test_files_that_are_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(checkpoint.CheckpointError, match=r"list.pth holds a list; expected"):
         checkpoint.read("list.pth")
     torch.save({"epoch": 3, "arch": "resnet50", "state_dict": {}, "optimizer": {}}, "official.pth")
-    with pytest.raises(checkpoint.CheckpointError, match=r"official.pth lacks moco_fast.*it has epoch, arch"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"official.pth is no checkpoint of this .*compat"):
         checkpoint.read("official.pth")
+    torch.save({"epoch": 3, "arch": "resnet50"}, "other.pth")
+    with pytest.raises(checkpoint.CheckpointError, match=r"other.pth lacks state_dict.*it has epoch, arch"):
+        checkpoint.read("other.pth")
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "weights.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(checkpoint.CheckpointError, match="is a safetensors file, of weights alone"):
+        checkpoint.read("weights.safetensors")
     torch.save(whole(1) | {"x": Evil()}, "evil.pth")
     with pytest.raises(checkpoint.CheckpointError, match=r"evil.pth cannot be loaded with weights_only=True"):
         checkpoint.read("evil.pth")

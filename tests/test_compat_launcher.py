@@ -77,6 +77,15 @@ def test_help_shows_examples(capsys):
     assert "main_moco.py -a resnet50" in text and "--device cpu" in text and "torchrun" in text
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_script_for_gpus_is_told_that_there_is_none(tmp_path):
+    """Official scripts spawn a process per GPU: here none, and that would be all."""
+    script = tmp_path / "spawns.py"
+    script.write_text("")
+    assert "no GPU found; --device cpu before the script" in launch(script).stderr
+    assert launch("--device", "cpu", script).stderr == ""
+
+
 def test_a_failing_script_fails(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(

@@ -3,6 +3,8 @@
 import importlib
 import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,6 +27,12 @@ def test_what_is_listed_imports(name):
     package, _, name = name.rpartition(".")
     module = importlib.import_module(package)
     assert name in module.__all__ and getattr(module, name) is not None and name in dir(module)
+
+
+def test_what_is_listed_is_there_after_import_moco_fast():
+    """As it is written there, and whatever was used before."""
+    for name in {name.rpartition(".")[0]: name for name in LISTED}.values():
+        subprocess.run([sys.executable, "-c", f"import moco_fast; {name}"], check=True)
 
 
 @pytest.mark.parametrize("module", [moco_fast, models, data])

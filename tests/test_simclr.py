@@ -5,6 +5,7 @@ import copy
 import methods
 import pytest
 import torch
+from torch import nn
 
 from bench.eager_mechanisms import EagerSimCLR
 from moco_fast.models.simclr import SimCLR
@@ -57,6 +58,7 @@ def test_head_is_an_mlp_and_features_come_before_it():
     [
         ({"T": 0.0}, ValueError, "T must be finite and above 0, got 0.0"),
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
+        ({"base_encoder": nn.Linear(2, 3)}, TypeError, "without parentheses, got a Linear"),
         ({"base_encoder": "resnet50"}, TypeError, "base_encoder must be callable .* got str"),
     ],
 )

@@ -49,10 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if shadowed := [name for name in answered if (folder / name).exists()]:
         print(f"{PROGRAM}: moco_fast answers for {', '.join(shadowed)} in {folder}", file=sys.stderr)
     install(options.device, folder)
+    if not (options.device or _finds_gpu()):
+        hint = "--device cpu before the script lets the CPU stand for one"
+        print(f"{PROGRAM}: no GPU found; {hint}", file=sys.stderr)
     sys.argv = [str(script), *options.arguments]
     sys.path.insert(0, str(folder))
     runpy.run_path(str(script.absolute()), run_name="__main__")
     return 0
+
+
+def _finds_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def install(devices: int, folder: Path) -> None:

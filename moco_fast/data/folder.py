@@ -139,7 +139,9 @@ def _check_directory(root: Path, known_names: Iterable[str]) -> None:
     close = [str(parent / name) for name in difflib.get_close_matches(root.name, names)]
     close += difflib.get_close_matches(str(root), list(known_names))
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise FileNotFoundError(f"there is no directory or dataset {str(root)!r}{hint}")
+    raise FileNotFoundError(
+        f"data must be a directory of images or the name of a dataset, got {str(root)!r}{hint}"
+    )
 
 
 def _split_roots(root: Path) -> tuple[Path, Path | None]:

@@ -23,6 +23,11 @@ def build_encoder(base_encoder: Callable[..., nn.Module], dim: int) -> tuple[nn.
         TypeError: not callable, or dim is not an integer.
         ValueError: dim below 1, no head, or one that does not return dim features.
     """
+    if isinstance(base_encoder, nn.Module):
+        raise TypeError(
+            "base_encoder must be what builds the encoder, such as torchvision.models.resnet50 without "
+            f"parentheses, got a {type(base_encoder).__name__}"
+        )
     if not callable(base_encoder):
         raise TypeError(
             f"base_encoder must be callable as base_encoder(num_classes=dim), "

@@ -122,7 +122,7 @@ def choose_device(name: str) -> torch.device:
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # unknown name, or no usable GPU
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0][:160]  # torch lists all that it knows
         raise ValueError(
             f"device {name!r} cannot be used: {reason}; expected auto, cpu, cuda or cuda:1"
         ) from error

@@ -73,6 +73,10 @@ def read(
         path = path / FILE_NAME
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if keys and path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path} is a safetensors file, of weights alone: give the checkpoint that it was made from"
+        )
     expected = "expected a file of torch.save" + (f" with the keys {', '.join(keys)}" if keys else "")
     try:
         with warnings.catch_warnings():
@@ -103,7 +107,13 @@ def read(
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; {expected}")
-    if missing := [key for key in keys if key not in loaded]:
+    missing = [key for key in keys if key not in loaded]
+    if missing == ["moco_fast"]:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this trainer. One of an official script goes on in that script, "
+            "also on moco_fast: python -m moco_fast.compat SCRIPT --resume FILE ..."
+        )
+    if missing:
         raise CheckpointError(
             f"{path} lacks {', '.join(missing)}; {expected}, it has {', '.join(map(str, loaded))[:200]}"
         )
