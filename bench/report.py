@@ -10,6 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from bench.case import OFFICIAL, OURS
 from moco_fast import files
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,8 +126,9 @@ def tables(report: dict) -> Iterator[Table]:
 
 
 def markdown(report: dict) -> str:
-    """What belongs between the markers of the README."""
-    lines = [headline(report) + ".", ""]
+    """What belongs between the markers of the README: a line per case, and folded away all that was found."""
+    lines = [headline(report) + ".", "", *_summary(report), ""]
+    lines += ["<details>", "<summary>All ways: times, memory, share of the roofline, errors</summary>", ""]
     for case in report["cases"]:
         columns = _columns(case)
         lines += [f"**`{case['op']}`**, {case['label']}:", "", "| " + " | ".join(columns) + " |"]
@@ -136,8 +138,31 @@ def markdown(report: dict) -> str:
                 cells[0] = f"**{cells[0]}**"
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    lines += [f"- {note}" for note in report["notes"]]
+    lines += [*(f"- {note}" for note in report["notes"]), "", "</details>"]
     return "\n".join(lines)
+
+
+def _summary(report: dict) -> Iterator[str]:
+    """Our fastest way of every case beside the official one and the fastest of the others."""
+    yield "| median time | moco_fast | official formula | vs official | fastest other way | vs it |"
+    yield "|:--|--:|--:|--:|:--|--:|"
+    for case in report["cases"]:
+        by_time = sorted(case["peers"], key=lambda peer: peer["p50_ms"])
+        ours = next((peer for peer in by_time if peer["ours"]), None)
+        others = [peer for peer in by_time if not peer["ours"]]
+        if ours is None:
+            continue
+        (official,) = (peer for peer in others if peer["name"] == OFFICIAL)
+        ratios = [f"{peer['p50_ms'] / ours['p50_ms']:.2f}x" for peer in (official, others[0])]
+        cells = [
+            f"`{case['op']}`, {case['label']}",
+            f"{duration(ours['p50_ms'])}, {ours['name'].removeprefix(OURS).strip()}",
+            duration(official["p50_ms"]),
+            ratios[0],
+            f"{others[0]['name']}, {duration(others[0]['p50_ms'])}",
+            ratios[1],
+        ]
+        yield "| " + " | ".join(cells) + " |"
 
 
 def check_section(path: Path, name: str = "bench") -> tuple[str, str]:

@@ -75,6 +75,8 @@ def test_table_and_picture(quick_run):
     assert text.startswith(f"# Title\n\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
     assert "old figures" not in text
     assert "loss error (random / clustered)" in text
+    summary, _, rest = text.partition("<details>\n<summary>")
+    assert summary.count("| `info_nce`, N=8") == 1 and rest.count("</details>") == 1
     for part in (OFFICIAL, REFERENCE, "the times mean nothing"):
         assert part in text and part in printed
 
