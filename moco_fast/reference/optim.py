@@ -113,15 +113,24 @@ def adamw_(
     torch._foreach_lerp_(means, gradients, 1 - step.beta1)
     torch._foreach_mul_(spreads, step.beta2)
     torch._foreach_addcmul_(spreads, gradients, gradients, 1 - step.beta2)
-    divisors = list(torch._foreach_sqrt(spreads))
-    for value, mean, divisor, t in zip(values, means, divisors, steps, strict=True):
-        t = t.double()
-        divisor.div_((1 - step.beta2**t).sqrt()).add_(step.eps)
-        value.mul_(1 - lr * step.weight_decay)
-        value.sub_(mean * (lr / (1 - step.beta1**t)) / divisor)
+    counts = [t.double() for t in steps]
+    sizes = [lr / correction for correction in _corrections(step.beta1, counts)]
+    divisors = torch._foreach_sqrt(spreads)
+    torch._foreach_div_(divisors, torch._foreach_sqrt(_corrections(step.beta2, counts)))
+    torch._foreach_add_(divisors, step.eps)
+    torch._foreach_mul_(values, 1 - lr * step.weight_decay)
+    torch._foreach_sub_(values, torch._foreach_div(torch._foreach_mul(means, sizes), divisors))
     for held, state in ((averages, means), (squares, spreads), (params, values)):
         _store(held, state)
     _follow(keys, params, m)
+
+
+def _corrections(beta: float, counts: list[Tensor]) -> tuple[Tensor, ...]:
+    """1 - beta^t of every count, in as few launches as a list of tensors takes."""
+    powers = torch._foreach_pow(beta, counts)
+    torch._foreach_neg_(powers)
+    torch._foreach_add_(powers, 1)
+    return powers
 
 
 def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
