@@ -18,8 +18,6 @@ from moco_fast import backends
 
 OURS = "moco_fast"  # the names of our own peers begin with it
 NATIVE, REFERENCE, OFFICIAL = f"{OURS} native", f"{OURS} reference", "official formula"
-
-
 PAIRS = "3 x fp16"  # product of operands that come as pairs of fp16: three in place of one
 
 

@@ -40,7 +40,7 @@ class Processes(AbstractContextManager):
             error = "its process ended"
         except TimeoutError:
             error = f"it had not ended after {LONGEST:.0f} s"
-            for hung in process._processes.values():
+            for hung in process._processes.values():  # which an executor can only wait for
                 hung.kill()
         if error:  # a fault of the GPU, say, stays with the process that caused it
             process.shutdown(wait=False)

@@ -15,8 +15,8 @@ inline void check(cudaError_t code, const char* op, const char* call) {
                              cudaGetErrorName(code) + ")");
 }
 
-// Makes a device current, and the one that was current again. The caller has done so already: CUDA's own call
-// opens a context on the device that it goes back to, torch's does not.
+// Makes a device current, and the one that was current again. Python has done so already, by torch: CUDA's
+// own call opens a context on the device that it goes back to.
 class OnDevice {
   public:
     OnDevice(int device, const char* op) : device_(device) {

@@ -35,8 +35,8 @@ def installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Launch on the tensor's device, whatever the current one is."""
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Launch on the tensor's device, whatever the current one is, and touch no GPU that is left."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -76,7 +76,7 @@ def info_nce(
     """See :func:`moco_fast.reference.info_nce`."""
     from moco_fast.kernels.info_nce import info_nce
 
-    with _on_device_of(q):
+    with on_device_of(q):
         return info_nce(q, k, queue, temperature, precision, need_dq, need_stats, by_hand=by_hand)
 
 
@@ -86,7 +86,7 @@ def ema_update_(
     """See :func:`moco_fast.reference.ema_update_`."""
     from moco_fast.kernels.ema_update import ema_update_
 
-    with _on_device_of(targets[0]):
+    with on_device_of(targets[0]):
         ema_update_(targets, sources, m, masters)
 
 
@@ -98,7 +98,7 @@ def enqueue_(
 
     if not queue.is_contiguous() or not (mirror is None or mirror.is_contiguous()):
         return reference.enqueue_(queue, ptr, keys, mirror, order)
-    with _on_device_of(queue):
+    with on_device_of(queue):
         enqueue_(queue, ptr, keys, mirror, order)
 
 
@@ -106,7 +106,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """See :func:`moco_fast.reference.take_rows`."""
     from moco_fast.kernels.take_rows import take_rows
 
-    with _on_device_of(x):
+    with on_device_of(x):
         return take_rows(x, index)
 
 
@@ -114,7 +114,7 @@ def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tup
     """See :func:`moco_fast.reference.nt_xent`."""
     from moco_fast.kernels.nt_xent import nt_xent
 
-    with _on_device_of(z):
+    with on_device_of(z):
         return nt_xent(z, temperature, precision, need_dz)
 
 
@@ -124,7 +124,7 @@ def contrast(
     """See :func:`moco_fast.reference.contrast`."""
     from moco_fast.kernels.contrast import contrast
 
-    with _on_device_of(q):
+    with on_device_of(q):
         return contrast(q, k, temperature, labels, precision, need_dq, need_dk)
 
 
@@ -143,7 +143,7 @@ def dino(
     """See :func:`moco_fast.reference.dino`."""
     from moco_fast.kernels.dino import dino
 
-    with _on_device_of(student):
+    with on_device_of(student):
         return dino(
             student, teacher, prototypes, teacher_prototypes, center,
             student_temperature, teacher_temperature, precision, need_ds, need_dw,
@@ -156,7 +156,7 @@ def split_batch_norm(
     """See :func:`moco_fast.reference.split_batch_norm`."""
     from moco_fast.kernels.split_batch_norm import split_batch_norm
 
-    with _on_device_of(x):
+    with on_device_of(x):
         return split_batch_norm(x, weight, bias, splits, eps)
 
 
@@ -166,5 +166,5 @@ def split_batch_norm_backward(
     """See :func:`moco_fast.reference.split_batch_norm_backward`."""
     from moco_fast.kernels.split_batch_norm import split_batch_norm_backward
 
-    with _on_device_of(x):
+    with on_device_of(x):
         return split_batch_norm_backward(dy, x, weight, mean, var, eps)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 PRECISIONS = ("highest", "high", "medium")
 REDUCTIONS = ("mean", "sum", "none")
+FINITE_PART = 2**26  # values that finite() looks at in one go: what is checked may fill most of the memory
 
 
 def tensor(name: str, value: object, *, ndim: int) -> Tensor:
@@ -121,9 +122,6 @@ def in_range(name: str, value: Tensor, end: int, start: int = 0) -> None:
     least, most = int(value.min()), int(value.max())
     if not start <= least <= most < end:
         raise ValueError(f"{name} must be in [{start}, {end}), got {least} to {most}")
-
-
-FINITE_PART = 2**26  # values looked at in one go: what is checked may fill most of the memory
 
 
 def finite(**tensors: Tensor) -> None:

@@ -91,7 +91,8 @@ class Ring(nn.Module):
         self._outdate_mirror()  # assign=True puts other buffers here, with versions of their own
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_mirror": None, "_mirrored": -1}  # copies and pickles make their own
+        # Copies and pickles make their own mirror, and no graph knows them.
+        return self.__dict__ | {"_mirror": None, "_mirrored": -1, "_rewritten": False}
 
 
 class KeyQueue(Ring):

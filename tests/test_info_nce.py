@@ -94,8 +94,7 @@ def test_temperatures(backend, temperature):
         want, want_dq, _ = official(q, k, queue, temperature)
         eager, eager_dq, _ = official(q, k, queue, temperature, torch.float32)
         rows, dq, _ = fused(q, k, queue, temperature)
-        # 1e-6: two units in the last place of losses of 5.7
-        assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 2e-6 / temperature + 1e-6
+        assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 2e-6 / temperature
         # 1e-30: where the positive wins by e^-100, gradients are subnormal, for eager and fused alike
         error, eager_error = (dq - want_dq).norm(), (eager_dq - want_dq).norm()
         assert error <= 2 * eager_error + 1e-6 / temperature * want_dq.norm() + 1e-30

@@ -176,14 +176,11 @@ def test_precisions(op, shape, precision, temperature):
 
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
 def test_like_triton(op, temperature):
-    """From the same operands: what differs is the order of sums, and ties that fp16 rounds either way.
-
-    One feature rounded the other way moves a mean similarity by up to 4e-7.
-    """
+    """From the same operands: what differs is the order of sums, and ties that fp16 rounds either way."""
     q, k, queue = make(70, 1030, 128, queue_dtype=torch.float16)
     rows, dq, rank, _, neg = op(q, k, queue, temperature, by_hand=False)
     got_rows, got_dq, got_rank, _, got_neg = op(q, k, queue, temperature)
-    assert torch.allclose(got_rows, rows, rtol=1e-5) and torch.allclose(got_neg, neg, atol=1e-6)
+    assert torch.allclose(got_rows, rows, rtol=1e-5) and torch.allclose(got_neg, neg, atol=1e-7)
     assert relative(got_dq, dq) < 1e-4
     assert (got_rank - rank).abs().max() <= 1
 

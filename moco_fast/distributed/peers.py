@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moco_fast import reference
 from moco_fast.distributed.agreement import from_all, largest
+from moco_fast.kernels.backend import on_device_of
 
 ROUNDS = 5  # of each way, to find the faster
 
@@ -55,7 +56,7 @@ class PeerMemory:
         self._own.copy_(reference.flat_rows(images).view(torch.uint8).flatten())
         self._handle.barrier(channel=1)  # all have written theirs
         out = reference.empty_rows(images, len(places))
-        with torch.cuda.device(images.device) if images.is_cuda else torch.device("cpu"):
+        with on_device_of(images):
             take_rows_of_peers(self._peers, places, len(images), out)
         return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,11 +86,6 @@ def _gpu_lacks(device: torch.device) -> str | None:
     if not _C.cuda_devices():
         return "its CUDA runtime finds no GPU: the driver is older than the toolkit it was built with"
     return None
-
-
-def current(device: torch.device) -> AbstractContextManager:
-    """Makes a GPU the current one in the block; unlike CUDA's own call, touches no GPU that it leaves."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def stream(device: torch.device) -> int:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moco_fast import reference
+from moco_fast.kernels.backend import on_device_of
 from moco_fast.native import compiled
-from moco_fast.native.compiled import DTYPES, current, stream
+from moco_fast.native.compiled import DTYPES, stream
 
 # torch >= 2.10 lets the compiled module read a list of tensors in one pass.
 _READS_TENSORS = (
@@ -47,7 +48,7 @@ def ema_update_(
     if rest:
         left, taken, *averages = _take(roles, rest)
         reference.ema_update_(left, taken, m, *averages)
-    with current(device):
+    with on_device_of(targets[0]):
         compiled._C.ema_update(rows, _scalar(m), torch.get_num_threads(), stream(device))
 
 
@@ -95,7 +96,7 @@ def sgd_(
     scratch = torch.empty(
         compiled._C.sgd_scratch(rows) if step.trust else 0, dtype=torch.float64, device=device
     )
-    with current(device):
+    with on_device_of(params[0]):
         compiled._C.sgd_step(
             rows, tuple(step), _scalar(lr), _scalar(m), scratch.data_ptr(),
             torch.get_num_threads(), stream(device),
@@ -120,7 +121,7 @@ def adamw_(
     if rest:
         left, with_grads, means, spreads, with_keys, counts = _take([*roles, steps], rest)
         reference.adamw_(left, with_grads, means, spreads, counts, with_keys, lr, m, step)
-    with current(device):
+    with on_device_of(params[0]):
         compiled._C.adamw_step(
             rows, tuple(step), _scalar(lr), _scalar(m), torch.get_num_threads(), stream(device)
         )
