@@ -249,6 +249,7 @@ class NinjaBuildExt(build_ext):
 setup(
     packages=[*find_packages(include=["moco_fast", "moco_fast.*"]), "moco_fast.kernels"],
     package_dir={"moco_fast": "moco_fast", "moco_fast.kernels": "kernels"},
+    package_data={"moco_fast": ["py.typed"]},
     # optional: setuptools then accepts that the file is missing. The sources are listed for sdist.
     ext_modules=[Extension("moco_fast._C", sorted(map(str, CSRC.glob("*.cpp"))), optional=True)],
     cmdclass={"build_ext": NinjaBuildExt},

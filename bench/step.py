@@ -81,7 +81,7 @@ class Step:
         torch.manual_seed(0)  # one initial state and one batch for all
         make = moco_fast.MoCo if name.startswith(OURS) else EagerMoCo
         layout = torch.channels_last if config.bf16 else torch.contiguous_format
-        model = make(backbone(config.arch, width=8, in_channels=3), 128, config.slots, 0.999, 0.2, mlp=True)
+        model = make(backbone(config.arch, width=8), 128, config.slots, 0.999, 0.2, mlp=True)
         self.name, self.config, self.where = name, config, where
         self.model = model.to(where).to(memory_format=layout)
         if name == FUSED_STEP:

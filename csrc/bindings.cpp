@@ -35,9 +35,9 @@ void info_nce(Address q, Address k, int qk_dtype, Address queue, int queue_dtype
 }
 
 void contrast(Address q, Address k, int dtype_of_both, int64_t problems, int64_t queries, int64_t keys,
-              int64_t features, int64_t labels, double temperature, Address loss, Address dq, Address dk,
+              int64_t features, int64_t first, double temperature, Address loss, Address dq, Address dk,
               int threads) {
-    mf::contrast({at<void>(q), at<void>(k), dtype(dtype_of_both), problems, queries, keys, features, labels,
+    mf::contrast({at<void>(q), at<void>(k), dtype(dtype_of_both), problems, queries, keys, features, first,
                   temperature, at<float>(loss), at<float>(dq), at<float>(dk), threads});
 }
 
@@ -273,7 +273,7 @@ PYBIND11_MODULE(_C, m) {
           "k_hat and norm are not read.");
     m.def(
         "contrast", &contrast, py::arg("q"), py::arg("k"), py::arg("dtype"), py::arg("problems"),
-        py::arg("queries"), py::arg("keys"), py::arg("features"), py::arg("labels"), py::arg("temperature"),
+        py::arg("queries"), py::arg("keys"), py::arg("features"), py::arg("first"), py::arg("temperature"),
         py::arg("loss"), py::arg("dq"), py::arg("dk"), py::arg("threads"), Release(),
         "Loss (D, N), dq (D, N, C) and dk (D, M, C), all f32, of q (D, N, C) and k (D, M, C); 0 for what is "
         "not\nwanted.");

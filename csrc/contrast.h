@@ -1,6 +1,6 @@
 // Cross-entropy of queries against the keys of a batch on the CPU, and its gradients, for D problems.
 //
-//   s_ij = q^_i . k^_j / T,  y_i = labels + i,  p_i = softmax(s_i),  x^ = x / max(|x|, 1e-12)
+//   s_ij = q^_i . k^_j / T,  y_i = first + i,  p_i = softmax(s_i),  x^ = x / max(|x|, 1e-12)
 //   loss_i = logsumexp_j(s_ij) - s_iy
 //   dq^_i  = (sum_{j != y} p_ij k^_j - (1 - p_iy) k^_y) / T
 //   dk^_j  = (sum_{i: y_i != j} p_ij q^_i - sum_{i: y_i = j} (1 - p_ij) q^_i) / T
@@ -22,7 +22,7 @@ struct Contrast {
     const void *q, *k;  // contiguous
     DType dtype;        // fp64 is not served
     int64_t problems, queries, keys, features;
-    int64_t labels;  // in [0, M - N]
+    int64_t first;  // in [0, M - N]
     double temperature;
     float* loss;
     float *dq, *dk;  // or null: not wanted

@@ -119,13 +119,13 @@ def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tup
 
 
 def contrast(
-    q: Tensor, k: Tensor, temperature: float, labels: int, precision: str, need_dq: bool, need_dk: bool
+    q: Tensor, k: Tensor, temperature: float, first: int, precision: str, need_dq: bool, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.contrast`."""
     from moco_fast.kernels.contrast import contrast
 
     with on_device_of(q):
-        return contrast(q, k, temperature, labels, precision, need_dq, need_dk)
+        return contrast(q, k, temperature, first, precision, need_dq, need_dk)
 
 
 def dino(

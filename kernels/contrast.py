@@ -1,6 +1,6 @@
 """Cross-entropy of queries against the keys of a batch, loss and gradients, without the N x M logits.
 
-With q^ (N, C), k^ (M, C) the normalised rows, s_ij = q^_i.k^_j / T, y_i = labels + i
+With q^ (N, C), k^ (M, C) the normalised rows, s_ij = q^_i.k^_j / T, y_i = first + i
 and L_i = log sum_j exp(s_ij)::
 
     loss_i = L_i - s_iy,           p_ij = exp(s_ij - L_i)
@@ -27,7 +27,7 @@ def contrast(
     q: Tensor,  # (D, N, C) raw
     k: Tensor,  # (D, M, C) raw
     temperature: float,
-    labels: int,
+    first: int,
     precision: str,
     need_dq: bool,
     need_dk: bool,
@@ -39,9 +39,9 @@ def contrast(
 
     part = pairs.sweep(
         q_hat, k_hat, problems, queries, keys, features, temperature,
-        first=labels, paired=False, gradient=need_dq,
+        first=first, paired=False, gradient=need_dq,
     )  # fmt: skip
-    found = pairs.losses(q, k, part, temperature, first=labels, paired=False, gradient=need_dq)
+    found = pairs.losses(q, k, part, temperature, first=first, paired=False, gradient=need_dq)
     if not need_dk:
         return (
             found.loss,
@@ -50,7 +50,7 @@ def contrast(
         )
     part = pairs.sweep(
         k_hat, q_hat, problems, keys, queries, features, temperature,
-        first=-labels, paired=False, gradient=True, y_log2_sum=found.log2_sum,
+        first=-first, paired=False, gradient=True, y_log2_sum=found.log2_sum,
     )  # fmt: skip
-    dk = pairs.gradients(k, q, part, found.miss, temperature, first=-labels, paired=False)
+    dk = pairs.gradients(k, q, part, found.miss, temperature, first=-first, paired=False)
     return found.loss, found.dx, dk

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moco_fast._version import __version__
+from moco_fast.exports import imported_when_used
 
 if TYPE_CHECKING:
     from moco_fast import checks
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 # Imported when first used: the command line has to set OpenMP's policy before anything imports torch.
-_HOME = {
+_HOMES = {
     "AdamW": "optim",
     "LARS": "optim",
     "SGD": "optim",
@@ -74,19 +74,17 @@ _HOME = {
     "take_rows": "ops",
     "use_backend": "backends",
 }
-# Those that docs/api.md names; the rest are imported by their own names.
-_MODULES = ("checks", "compat", "data", "distributed", "models", "reference")
+_MODULES = (
+    "checks",
+    "compat",
+    "data",
+    "distributed",
+    "evaluate",
+    "models",
+    "ops",
+    "optim",
+    "reference",
+    "train",
+)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"moco_fast.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'moco_fast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"moco_fast.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imported_when_used(__name__, _HOMES, _MODULES)

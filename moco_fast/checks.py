@@ -59,16 +59,24 @@ def not_negative(name: str, value: object) -> float:
     return result
 
 
-def count(name: str, value: object) -> int:
-    """Return ``value`` if it is an integer of at least 1, or raise."""
+def count(name: str, value: object, least: int = 1) -> int:
+    """Return ``value`` if it is an integer of at least ``least``, or raise."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
 
 
-def temperature(value: object, name: str = "temperature") -> float:
+def seed(value: object) -> int:
+    """Return ``value`` if it is a seed that a torch.Generator takes and a signed integer holds, or raise."""
+    result = count("seed", value, least=0)
+    if result >= 2**63:
+        raise ValueError(f"seed must be below 2**63, got {result}")
+    return result
+
+
+def temperature(name: str, value: object) -> float:
     """Return a temperature as a float: finite and above zero, with a reciprocal that fp32 holds."""
     result = number(name, value)
     if not torch.finfo(torch.float32).tiny <= result < math.inf:  # NaN fails too
@@ -77,8 +85,8 @@ def temperature(value: object, name: str = "temperature") -> float:
     return result
 
 
-def momentum(value: object, name: str = "m") -> float:
-    """Return a momentum as a float in [0, 1]."""
+def fraction(name: str, value: object) -> float:
+    """Return ``value`` as a float in [0, 1], or raise."""
     result = number(name, value)
     if not 0 <= result <= 1:  # NaN fails too
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
@@ -115,9 +123,12 @@ def per_row(name: str, value: object, beside_name: str, beside: Tensor) -> Tenso
     return value
 
 
-def in_range(name: str, value: Tensor, end: int, start: int = 0) -> None:
-    """Raise unless all numbers are in [start, end), where looking costs no wait: on a CPU, not compiled."""
-    if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+def in_range(name: str, value: Tensor, end: int, start: int = 0, *, wait: bool = False) -> None:
+    """Raise unless all numbers are in [start, end).
+
+    Without ``wait`` only where looking costs no wait: on a CPU, not compiled.
+    """
+    if value.numel() == 0 or not (wait or (value.device.type == "cpu" and not torch.compiler.is_compiling())):
         return
     least, most = int(value.min()), int(value.max())
     if not start <= least <= most < end:

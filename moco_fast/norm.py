@@ -21,15 +21,23 @@ class SplitBatchNorm(_BatchNorm):
 
     Source: the statistics that shuffling BN relies on, He et al. 2020, section 3.3.
 
+    Args:
+        num_features: C of an input (N, C, ...).
+        splits: number of parts; it must divide N.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics; None: they are cumulative averages.
+
     Raises:
-        ValueError: in training, a batch that ``splits`` does not divide, or parts of one value per channel.
+        TypeError: ``splits`` is not an integer.
+        ValueError: ``splits`` below 1; in training, a batch that ``splits`` does not divide, or parts of one
+            value per channel.
     """
 
     def __init__(
         self, num_features: int, splits: int, eps: float = 1e-5, momentum: float | None = 0.1
     ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
-        self.splits = checks.count("bn_splits", splits)
+        self.splits = checks.count("splits", splits)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2:
@@ -41,7 +49,7 @@ class SplitBatchNorm(_BatchNorm):
             return super().forward(x)
         self._check_input_dim(x)
         if x.shape[0] % self.splits:
-            raise ValueError(f"bn_splits={self.splits} must divide the batch, got {x.shape[0]} samples")
+            raise ValueError(f"splits={self.splits} must divide the batch, got {x.shape[0]} samples")
         y, mean, var = split_batch_norm(x, self.weight, self.bias, self.splits, self.eps)
         self._track(mean, var, x.numel() // mean.numel())
         return y

@@ -53,7 +53,7 @@ def test_found_in_every_place(name, count, where, tmp_path, monkeypatch):
     if where == "env":
         monkeypatch.setenv("MOCO_FAST_DATA", str(root))
     write_cifar(root, getattr(datasets, name.upper()))
-    dataset = load_dataset(name, canvas=32, log=pytest.fail)
+    dataset = load_dataset(name, log=pytest.fail)
     assert (dataset.name, dataset.channels, len(dataset.train), len(dataset.test)) == (name, 3, count, EACH)
     pixels = dataset.train.images.pixels
     assert pixels.shape == (count, 3, 32, 32) and pixels.dtype == torch.uint8 and pixels.is_contiguous()
@@ -69,17 +69,17 @@ def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"downloading is off: put cifar-10-python\.tar\.gz from http"
     ):
-        load_dataset("cifar10", canvas=32, download=False, log=lines.append)
+        load_dataset("cifar10", download=False, log=lines.append)
     assert not lines
     monkeypatch.setattr(download, "run", lambda *_: "no route to host")
     with pytest.raises(FileNotFoundError, match=r"download failed \(no route to host\).*MOCO_FAST_DATA"):
-        load_dataset("cifar10", canvas=32, log=lines.append)
+        load_dataset("cifar10", log=lines.append)
     assert str(tmp_path / "cache") in lines[0]
 
 
 def test_download_arrives_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(download, "run", lambda command, _: write_cifar(tmp_path / "cache", datasets.CIFAR10))
-    dataset = load_dataset("cifar10", canvas=32, log=lambda _: None)
+    dataset = load_dataset("cifar10", log=lambda _: None)
     assert str(tmp_path / "cache") in dataset.note
 
 
@@ -95,7 +95,7 @@ def test_an_archive_is_unpacked(monkeypatch, tmp_path):
         write_cifar(tmp_path / "cwd" / command[-1], datasets.CIFAR100)
 
     monkeypatch.setattr(download, "run", run)
-    assert load_dataset("cifar100", canvas=32, log=pytest.fail).name == "cifar100"
+    assert load_dataset("cifar100", log=pytest.fail).name == "cifar100"
     assert len(commands) == 1 and "CIFAR100(sys.argv[1], download=True)" in commands[0][2]
 
 
@@ -105,14 +105,14 @@ def test_damaged_copy_is_named_and_the_next_place_serves(tmp_path, monkeypatch):
         write_cifar(root, datasets.CIFAR10)
     (tmp_path / "mine" / datasets.CIFAR10.base_folder / "data_batch_3").unlink()
     lines = []
-    dataset = load_dataset("cifar10", canvas=32, log=lines.append)
+    dataset = load_dataset("cifar10", log=lines.append)
     assert str(tmp_path / "cache") in dataset.note
     assert len(lines) == 1 and str(tmp_path / "mine") in lines[0] and "not usable" in lines[0]
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(FileNotFoundError, match="downloading is off"):
-        load_dataset("cifar10", canvas=32, download=False, log=lines.append)
+        load_dataset("cifar10", download=False, log=lines.append)
 
 
 def test_a_name_nearly_right():
     with pytest.raises(FileNotFoundError, match="did you mean cifar10"):
-        load_dataset("cifar-10", canvas=32, download=False)
+        load_dataset("cifar-10", download=False)

@@ -12,12 +12,12 @@ from moco_fast.ops.losses import _contrast
 
 OP = "contrast"
 SHAPES = [(1, 1, 1, 1, 0), (2, 5, 7, 33, 1), (1, 70, 70, 64, 0), (2, 37, 130, 100, 93), (1, 2, 3, 512, 1)]
-CASES = [(shape, torch.float32) for shape in SHAPES]  # D, N, M, C, labels
+CASES = [(shape, torch.float32) for shape in SHAPES]  # D, N, M, C, first
 CASES += [((2, 9, 20, 100, 5), torch.bfloat16), ((1, 9, 20, 64, 5), torch.float16)]
 SCALE = 4096.0  # of the loss, as GradScaler does: fp16 gradients would be subnormal without it
 
 
-def make(d, n, m, c, labels=0, dtype=torch.float32, clustered=False):
+def make(d, n, m, c, first=0, dtype=torch.float32, clustered=False):
     """Raw q and k of norms far from 1; clustered features have a few directions only."""
     centres = F.normalize(torch.randn(4, c, dtype=torch.float64), dim=1)
 
@@ -26,23 +26,23 @@ def make(d, n, m, c, labels=0, dtype=torch.float32, clustered=False):
         return centres[torch.randint(4, (d, rows))] + 0.05 * noise if clustered else noise
 
     q, k = draw(n) * 3, draw(m)
-    k[:, labels : labels + n] = 0.3 * q + 0.5 * k[:, labels : labels + n]
+    k[:, first : first + n] = 0.3 * q + 0.5 * k[:, first : first + n]
     return q.to(dtype), (k * 0.1).to(dtype)
 
 
-def formula(q, k, temperature, labels=0, dtype=torch.float64):
+def formula(q, k, temperature, first=0, dtype=torch.float64):
     """Loss rows, and dq and dk of SCALE times their mean, from the logits, by autograd."""
     q, k = (x.detach().to(dtype).requires_grad_() for x in (q, k))
     logits = F.normalize(q, dim=2) @ F.normalize(k, dim=2).mT / temperature
-    target = (torch.arange(q.shape[1]) + labels).expand(len(q), -1)
+    target = (torch.arange(q.shape[1]) + first).expand(len(q), -1)
     rows = F.cross_entropy(logits.mT, target, reduction="none")
     return rows.detach(), *torch.autograd.grad(rows.mean() * SCALE, (q, k))
 
 
-def fused(q, k, temperature, labels=0, precision="highest"):
+def fused(q, k, temperature, first=0, precision="highest"):
     """The same from the op below contrast(), which has both the loss rows and the gradients."""
     q, k = (x.clone().requires_grad_() for x in (q, k))
-    rows, *_ = _contrast(q, k, temperature, labels, precision, True, True)
+    rows, *_ = _contrast(q, k, temperature, first, precision, True, True)
     dq, dk = torch.autograd.grad(rows.mean() * SCALE, (q, k))
     assert rows.dtype == torch.float32 and dq.dtype == dk.dtype == q.dtype
     return rows.detach(), dq, dk
@@ -55,11 +55,11 @@ def relative(got, want):
 @pytest.mark.parametrize("clustered", [False, True], ids=["random", "clustered"])
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_error_at_most_twice_eager(backend, shape, dtype, clustered):
-    labels = shape[4]
+    first = shape[4]
     q, k = make(*shape, dtype, clustered)
-    want, *gradients = formula(q, k, 0.1, labels)
-    eager, *eager_gradients = formula(q, k, 0.1, labels, torch.float32)
-    rows, *found = fused(q, k, 0.1, labels)
+    want, *gradients = formula(q, k, 0.1, first)
+    eager, *eager_gradients = formula(q, k, 0.1, first, torch.float32)
+    rows, *found = fused(q, k, 0.1, first)
     assert (rows - want).abs().max() <= 2 * (eager - want).abs().max() + 2e-6
     rounding = torch.finfo(dtype).eps / 2  # gradients are handed out in the dtype of q and k
     for got, exact, from_eager in zip(found, gradients, eager_gradients, strict=True):
@@ -194,11 +194,11 @@ def test_reference_holds_no_logits_of_a_batch_of_4096(trained_keys):
 
 def test_two_directions_are_two_problems(backend):
     q, k = make(2, 6, 9, 32)
-    both = moco_fast.contrast(q, k, 0.2, labels=2, reduction="none")
+    both = moco_fast.contrast(q, k, 0.2, first=2, reduction="none")
     for d in range(2):
-        one = moco_fast.contrast(q[d], k[d], 0.2, labels=2, reduction="none")
+        one = moco_fast.contrast(q[d], k[d], 0.2, first=2, reduction="none")
         assert one.shape == (6,) and torch.allclose(both[d], one, rtol=1e-6)
-    assert torch.allclose(both.mean(), moco_fast.contrast(q, k, 0.2, labels=2))
+    assert torch.allclose(both.mean(), moco_fast.contrast(q, k, 0.2, first=2))
 
 
 def test_frozen_keys_and_weighted_rows(backend):
@@ -257,7 +257,7 @@ def test_second_derivative_raises(backend, of):
 
 def test_gradcheck_in_float64():
     q, k = (x.requires_grad_() for x in make(2, 4, 6, 5, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda q, k: moco_fast.contrast(q, k, 0.3, labels=1), (q, k))
+    assert torch.autograd.gradcheck(lambda q, k: moco_fast.contrast(q, k, 0.3, first=1), (q, k))
     k = k.detach()
     assert torch.autograd.gradcheck(lambda q: moco_fast.contrast(q, k, 0.3, reduction="none"), q)
 
@@ -273,7 +273,7 @@ def test_compile_fullgraph(backend):
     q, k = (x[0].requires_grad_() for x in make(1, 5, 6, 8))
 
     def step(q, k):
-        return moco_fast.contrast(q * 2, k * 3, 0.1, labels=1)
+        return moco_fast.contrast(q * 2, k * 3, 0.1, first=1)
 
     want = torch.autograd.grad(step(q, k), (q, k))
     got = torch.autograd.grad(torch.compile(step, fullgraph=True)(q, k), (q, k))
@@ -314,10 +314,10 @@ def bad(**changes):
         ({"k": torch.zeros(3, 8)}, ValueError, "k must hold a key for each of the 4 queries, got 3"),
         ({"k": torch.zeros(6, 8).half()}, TypeError, "k must have the dtype of q.*float16"),
         ({"k": torch.zeros(6, 8, device="meta")}, ValueError, "k is on meta, but q is on cpu"),
-        ({"labels": 3}, ValueError, r"labels.*\[0, 2\] for 4 queries and 6 keys, got 3"),
-        ({"labels": -1}, ValueError, r"labels.*\[0, 2\].*got -1"),
-        ({"labels": True}, TypeError, "labels must be an integer, got bool True"),
-        ({"labels": torch.arange(4)}, TypeError, "labels must be an integer, got Tensor"),
+        ({"first": 3}, ValueError, r"first.*\[0, 2\] for 4 queries and 6 keys, got 3"),
+        ({"first": -1}, ValueError, r"first.*\[0, 2\].*got -1"),
+        ({"first": True}, TypeError, "first must be an integer, got bool True"),
+        ({"first": torch.arange(4)}, TypeError, "first must be an integer, got Tensor"),
         ({"temperature": 0}, ValueError, "temperature must be finite and above 0, got 0"),
         ({"temperature": float("nan")}, ValueError, "temperature.*nan"),
         ({"precision": "fp8"}, ValueError, "precision must be one of 'highest'.*got 'fp8'"),

@@ -62,7 +62,7 @@ def test_fashion_mnist_is_found_in_every_place(where, zipped, tmp_path, monkeypa
     if where == "env":
         monkeypatch.setenv("MOCO_FAST_DATA", str(place))
     write_fashion_mnist(place, zipped=zipped)
-    dataset = load_dataset("fashion-mnist", canvas=32, log=pytest.fail)
+    dataset = load_dataset("fashion-mnist", log=pytest.fail)
     assert (dataset.name, dataset.channels, len(dataset.train), len(dataset.test)) == (
         "fashion-mnist",
         1,
@@ -93,7 +93,7 @@ def test_broken_copy_is_named_and_the_next_place_serves(damage, tmp_path, monkey
     monkeypatch.setenv("MOCO_FAST_DATA", str(bad))
     write_fashion_mnist(tmp_path / "debian")
     lines = []
-    dataset = load_dataset("fashion-mnist", canvas=32, log=lines.append)
+    dataset = load_dataset("fashion-mnist", log=lines.append)
     assert dataset.name == "fashion-mnist" and "debian" in dataset.note
     assert len(lines) == 1 and str(bad) in lines[0]
     assert ("train" if damage == "missing" else victim.name) in lines[0]
@@ -103,7 +103,7 @@ def test_mnist_under_the_same_names_is_refused(tmp_path):
     place = write_fashion_mnist(tmp_path / "debian", zipped=False)
     (place / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(40)))
     lines = []
-    assert load_dataset("fashion-mnist", canvas=32, download=False, log=lines.append).name == "digits"
+    assert load_dataset("fashion-mnist", download=False, log=lines.append).name == "digits"
     assert "MNIST?" in lines[0]
 
 
@@ -112,7 +112,7 @@ def test_fallback_to_digits_says_why(monkeypatch):
     monkeypatch.setattr(download, "run", lambda command, _: commands.append(command) or "no route to host")
     monkeypatch.setattr(fashion_mnist.shutil, "which", lambda _: "/usr/bin/apt-get")
     monkeypatch.setattr(fashion_mnist.os, "geteuid", lambda: 0)
-    dataset = load_dataset("fashion-mnist", canvas=32, log=lines.append)
+    dataset = load_dataset("fashion-mnist", log=lines.append)
     assert dataset.name == "digits" and "in place of Fashion-MNIST" in dataset.note
     text = "\n".join(lines)
     assert (
@@ -124,7 +124,7 @@ def test_fallback_to_digits_says_why(monkeypatch):
 
 def test_no_download_runs_nothing():
     lines = []
-    assert load_dataset("fashion-mnist", canvas=32, download=False, log=lines.append).name == "digits"
+    assert load_dataset("fashion-mnist", download=False, log=lines.append).name == "digits"
     assert "downloading is off" in lines[0]
 
 
@@ -133,13 +133,13 @@ def test_download_arrives_in_the_cache(monkeypatch, tmp_path):
         write_fashion_mnist(Path(command[-1]) / "FashionMNIST" / "raw", zipped=False)
 
     monkeypatch.setattr(download, "run", run)
-    dataset = load_dataset("fashion-mnist", canvas=32, log=lambda _: None)
+    dataset = load_dataset("fashion-mnist", log=lambda _: None)
     assert dataset.name == "fashion-mnist" and "downloaded" in dataset.note
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["FashionMNIST"]
 
 
 def test_digits():
-    first, second = (load_dataset("digits", canvas=32) for _ in range(2))
+    first, second = (load_dataset("digits") for _ in range(2))
     assert (len(first.train), len(first.test), first.channels) == (1437, 360, 1)
     assert first.train.images.pixels.shape[1:] == (1, 8, 8) and first.train.images.pixels.max() == 255
     assert torch.equal(first.train.labels, second.train.labels)

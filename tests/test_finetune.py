@@ -96,7 +96,7 @@ def test_the_checkpoint_is_that_of_the_scores(unbroken):
     network = backbone("small_resnet", width=8, in_channels=1)(num_classes=10).eval()
     state = {name.removeprefix("module.encoder."): value for name, value in saved["state_dict"].items()}
     network.load_state_dict(state)
-    test = load_dataset("digits", canvas=8).test
+    test = load_dataset("digits").test
     images = (test.images.pixels / 255 - 0.3) / 0.4
     with torch.no_grad():
         logits = network(images)
@@ -230,7 +230,7 @@ def test_labels_fraction():
 
 def test_one_label_in_fifty(start, tmp_path, capsys):
     """The batch shrinks to what there is, and only the chosen images are seen."""
-    labels = load_dataset("digits", canvas=8).train.labels
+    labels = load_dataset("digits").train.labels
     chosen = labelled_fraction(labels, 0.02, 7)
     config = replace(TINY, epochs=3, labels_fraction=0.02, seed=7)
     outcome = finetune(config, tmp_path / "run", checkpoint=start)
@@ -306,7 +306,7 @@ def test_non_finite_loss_ends_the_run(start, tmp_path):
         ({"warmup_epochs": 5}, "warmup_epochs must be below epochs=5, got 5"),
         ({"lr": float("nan")}, "lr must be finite and at least 0"),
         ({"crop_scale": (0.5, 0.2)}, "crop_scale must satisfy"),
-        ({"seed": -1}, r"seed must be a whole number in \[0, 2\*\*63\), got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )

@@ -59,7 +59,7 @@ def test_several_k_and_json(untrained, tmp_path, capsys):
 
 
 def test_official_file(tmp_path, capsys):
-    model = moco_fast.MoCo(backbone("resnet18", width=8, in_channels=3), 16, 64)
+    model = moco_fast.MoCo(backbone("resnet18", width=8), 16, 64)
     path = save(tmp_path / "official.pth.tar", model)
     assert run(["knn", path, "--data", "digits", "--image-size", "32", "--bank", "200"]) == 0
     assert "360 are asked" in capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_images_without_labels_and_of_colour(untrained, tmp_path, capsys):
         Image.new("RGB", (20, 20), (50 * i, 9, 9)).save(tmp_path / "photos" / f"{i}.png")
     assert run(["knn", untrained, "--data", str(tmp_path / "photos")]) == 1
     assert "has 3 channels, the checkpoint's encoder takes 1" in capsys.readouterr().err
-    model = moco_fast.MoCo(backbone("resnet18", width=8, in_channels=3), 16, 64)
+    model = moco_fast.MoCo(backbone("resnet18", width=8), 16, 64)
     path = save(tmp_path / "official.pth", model)
     assert run(["knn", path, "--data", str(tmp_path / "photos"), "--image-size", "32"]) == 1
     assert "cannot be measured: the images have no class labels" in capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_the_official_test_view_and_others(tmp_path, capsys):
     for i in range(12):
         (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (20 * i, 9, 9)).save(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")
-    model = moco_fast.MoCo(backbone("resnet18", width=8, in_channels=3), 16, 64)
+    model = moco_fast.MoCo(backbone("resnet18", width=8), 16, 64)
     path = save(tmp_path / "official.pth", model)
     of = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
     knn = ["knn", path, "--k", "1", *of]

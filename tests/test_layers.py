@@ -26,7 +26,7 @@ def test_learning_rates_fall_towards_the_stem():
 @pytest.mark.parametrize(("arch", "blocks"), [("small_vit", "blocks."), ("vit_b_16", "encoder_layer_")])
 def test_learning_rates_of_transformers(arch, blocks):
     with torch.device("meta"):
-        model = backbone(arch, width=8, in_channels=3)(num_classes=3)
+        model = backbone(arch, width=8)(num_classes=3)
     found = scales(parameter_groups(model, 0.1, 0.5), model)
     depth = len({name.split(blocks)[1].split(".")[0] for name in found if blocks in name})
     assert not any(decay for name, (_, decay) in found.items() if "token" in name or "pos_embed" in name)

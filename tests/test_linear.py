@@ -128,7 +128,7 @@ def test_same_seed_same_result():
 def test_accuracy_is_scikit_learns():
     """On the digits' pixels: within a point and a half of logistic regression that converged."""
     sklearn = pytest.importorskip("sklearn.linear_model")
-    digits = load_dataset("digits", canvas=8)
+    digits = load_dataset("digits")
     train, test = (s.images.pixels.flatten(1).float() / 255 for s in (digits.train, digits.test))
     labels, answers = digits.train.labels, digits.test.labels
     config = LinearConfig(epochs=30, batch_size=64, lr=(0.03, 0.3, 1.0), normalize=True)
@@ -309,7 +309,7 @@ def test_command(untrained, capsys):
     assert list(saved)[:4] == ["epoch", "arch", "state_dict", "best_acc1"] and saved["arch"] == "small_resnet"
     network = small_resnet(10, width=8)
     network.load_state_dict({name.removeprefix("module."): v for name, v in saved["state_dict"].items()})
-    digits = load_dataset("digits", canvas=8)
+    digits = load_dataset("digits")
     logits = features_of(network, digits.test, torch.arange(360), View(8, [0.3], [0.4], CPU))
     accuracy = (logits.argmax(1) == digits.test.labels).double().mean().item()
     assert 100 * accuracy == pytest.approx(saved["best_acc1"], abs=0.3)

@@ -228,7 +228,7 @@ def test_bn_splits_are_the_statistics_of_devices():
     torch.testing.assert_close(split.running_var, torch.stack(variances).mean(0))
     plain.load_state_dict(split.state_dict())
     torch.testing.assert_close(split.eval()(x), plain.eval()(x))
-    with pytest.raises(ValueError, match="bn_splits=3 must divide the batch, got 4"):
+    with pytest.raises(ValueError, match="splits=3 must divide the batch, got 4"):
         split.train()(x[:4])
 
 

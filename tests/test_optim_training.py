@@ -53,7 +53,7 @@ def test_state_that_cannot_be_continued_is_refused():
 
 def moco():
     torch.manual_seed(5)
-    return moco_fast.MoCo(backbone(SMALL_RESNET, width=8, in_channels=3), 16, 64, 0.9, 0.2)
+    return moco_fast.MoCo(backbone(SMALL_RESNET, width=8), 16, 64, 0.9, 0.2)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

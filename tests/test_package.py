@@ -93,7 +93,7 @@ def test_packages_import_what_is_asked_for():
     loaded = python(
         "import sys, torch; before = set(sys.modules); import moco_fast\nprint(*set(sys.modules) - before)"
     )
-    assert set(loaded.split()) <= {"moco_fast", "moco_fast._version"}
+    assert set(loaded.split()) <= {"moco_fast", "moco_fast._version", "moco_fast.exports"}
 
 
 def test_kernels_folder_is_not_a_package(monkeypatch):

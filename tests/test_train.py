@@ -317,7 +317,7 @@ def test_two_images_are_enough(tmp_path):
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
         ({"batch_size": 1024}, "batch_size must be at most queue_size=512, got 1024"),
         ({"bn_splits": 3}, "bn_splits=3 must divide batch_size=256"),
-        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"schedule": "linear"}, "schedule must be one of 'cosine', 'step', got 'linear'"),
     ],
 )

@@ -159,15 +159,13 @@ def test_backbones_by_name(arch):
     model = on_meta(build, num_classes=9)
     assert model(torch.empty(2, 1, 32, 32, device="meta")).shape == (2, 9)
     if arch in VITS:
-        usual = on_meta(backbone(arch, width=4, in_channels=3))
+        usual = on_meta(backbone(arch, width=4))
         assert usual.patch_embed.img_size == ((28, 28) if arch == "small_vit" else (224, 224))
 
 
 def test_cifar_resnet_reduces_where_stages_do():
-    model = backbone("cifar_resnet18", width=4, in_channels=3)(num_classes=9)
-    assert list(model.state_dict()) == list(
-        on_meta(backbone("resnet18", width=4, in_channels=3)).state_dict()
-    )
+    model = backbone("cifar_resnet18", width=4)(num_classes=9)
+    assert list(model.state_dict()) == list(on_meta(backbone("resnet18", width=4)).state_dict())
     shapes = {}
     for name in ("conv1", "layer1", "layer4"):
         hook = lambda module, inputs, output, name=name: shapes.update({name: tuple(output.shape)})  # noqa: E731

@@ -53,7 +53,7 @@ class MoCo(moco.MoCo):
         if return_loss:
             return super().forward(im_q, im_k, return_loss=True, return_stats=return_stats)
         q, k, enqueue = self._encode(im_q, im_k, False, return_stats)
-        loss, stats = ops.info_nce(q, k, self.negatives, self.T, reduction="none", return_stats=True)  # type: ignore[misc]
+        loss, stats = ops.info_nce(q, k, self.negatives, self.T, reduction="none", return_stats=True)
         rank = stats.rank.masked_fill(loss.isnan(), self.K)  # no comparison with a NaN holds
         snapshot = QueueSnapshot(self.rows)
         self._snapshots.add(snapshot)

@@ -80,7 +80,7 @@ def mocov3_loss_func(
     keys = key.to(query.dtype)
     if distributed.world_size() > 1:
         keys = distributed.all_gather_rows(keys)
-    loss = ops.contrast(query, keys, temperature, labels=distributed.rank() * len(query))
+    loss = ops.contrast(query, keys, temperature, first=distributed.rank() * len(query))
     return 2 * temperature * loss
 
 

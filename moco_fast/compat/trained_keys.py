@@ -24,11 +24,8 @@ def info_nce(
         TypeError, ValueError: as :func:`moco_fast.info_nce`.
     """
     if not (k.requires_grad and torch.is_grad_enabled()):
-        loss = ops.info_nce(q, k.detach(), queue, temperature)
-        assert isinstance(loss, Tensor)
-        return loss
+        return ops.info_nce(q, k.detach(), queue, temperature)
     rows = ops.info_nce(q, k.detach(), queue, temperature, reduction="none")
-    assert isinstance(rows, Tensor)
     miss = -torch.expm1(-rows.detach())
     q_hat, k_hat = (F.normalize(x.to(rows.dtype), dim=1) for x in (q.detach(), k))
     pull = -(miss * (q_hat * k_hat).sum(dim=1)).mean() / temperature

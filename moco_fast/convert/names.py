@@ -32,7 +32,7 @@ def recognised(weights: Mapping[str, Tensor]) -> str | None:
     for arch in (CIFAR_RESNET,) if first.shape[-1] == 3 else RESNETS:
         channels = first.shape[1] if arch == CIFAR_RESNET else 3
         with torch.device("meta"):
-            wanted = backbone(arch, width=16, in_channels=channels)(num_classes=1).state_dict()
+            wanted = backbone(arch, in_channels=channels)(num_classes=1).state_dict()
         if _shapes(weights) == _shapes(wanted):
             return arch
     return None

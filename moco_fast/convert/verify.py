@@ -78,7 +78,7 @@ def verify(path: Path, contents: Contents, to: str, role: str | None) -> str:
 
 def images(contents: Contents) -> Tensor:
     """A few digits as the backbone sees images, (N, channels, size, size)."""
-    digits = load_dataset("digits", canvas=8).train.images.fetch(torch.arange(IMAGES)).images
+    digits = load_dataset("digits").train.images.fetch(torch.arange(IMAGES)).images
     facts = contents.facts
     mean, std = (torch.tensor(facts[name])[:, None, None] for name in ("mean", "std"))
     pixels = (digits.float() / 255).expand(-1, facts["channels"], -1, -1)

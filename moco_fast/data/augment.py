@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moco_fast import checks
 from moco_fast.data.transforms import (
     CROP_DRAWS,
     JITTER_DRAWS,
@@ -69,7 +70,7 @@ class AugmentConfig:
     solarize_p: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_size("image_size", self.image_size)
+        checks.count("image_size", self.image_size)
         low, high = _floats("crop_scale", self.crop_scale, 2)
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < min <= max <= 1, got {self.crop_scale}")
@@ -163,7 +164,7 @@ def center_view(
     Args as for :class:`TwoCrops`; nothing is random. ``crop``, in (0, 1], is the side of the square over the
     shorter side of the image: 0.875 for torchvision's ``Resize(256)`` and ``CenterCrop(224)``.
     """
-    _check_size("size", size)
+    checks.count("size", size)
     (crop,) = _floats("crop", (crop,), 1)
     if not 0 < crop <= 1:
         raise ValueError(f"crop must be in (0, 1], got {crop}")
@@ -226,13 +227,6 @@ def _floats(name: str, values: Sequence[float], count: int) -> tuple[float, ...]
     if len(values) != count or not all(math.isfinite(v) for v in values):
         raise ValueError(f"{name} must have {count} finite value(s), got {values!r}")
     return tuple(float(v) for v in values)
-
-
-def _check_size(name: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name} must be an int, got {size!r}")
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def _statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -25,7 +25,7 @@ def absolute(name_or_dir: str) -> str:
 def load_dataset(
     name_or_dir: str | os.PathLike[str],
     *,
-    canvas: int,
+    canvas: int = 448,
     download: bool = True,
     log: Log = print,
 ) -> Dataset:
@@ -38,7 +38,9 @@ def load_dataset(
             that is called the same; write ``./digits`` for the directory.
         canvas: side in pixels of the squares that a directory's images are squashed to.
             Named datasets keep their own size.
-        download: fetch Fashion-MNIST or CIFAR when no copy is found here.
+        download: fetch Fashion-MNIST or CIFAR when no copy is found here. Where the download of
+            Fashion-MNIST fails and this process is root on Debian or Ubuntu, the package
+            ``dataset-fashion-mnist`` is installed by apt-get instead, which ``log`` is told.
         log: receives one line per thing worth knowing, such as skipped files.
 
     Returns:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from moco_fast import checks
 from moco_fast.data.images import Fetched, ImageSet, ImageSource, Log
 
 PREFETCH = 2  # batches that every worker keeps ready
@@ -115,8 +116,7 @@ class BatchLoader:
         """Batches of the images at ``indices`` (default: all) in that order; the last may be short."""
         count = len(self.source)
         rows = torch.as_tensor(range(count) if indices is None else indices, dtype=torch.int64)
-        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= count):
-            raise ValueError(f"indices must be in [0, {count}), got {int(rows.min())} to {int(rows.max())}")
+        checks.in_range("indices", rows, count, wait=True)
         return self._serve(rows.split(self.batch_size))
 
     def _serve(self, requests: Sequence[Tensor] | Tensor) -> Iterator[Batch]:

@@ -1,1 +1,1 @@
-"""Judging frozen features: nearest neighbours and pictures."""
+"""Judging frozen features: nearest neighbours, linear classifiers and pictures."""

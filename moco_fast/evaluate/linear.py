@@ -77,9 +77,8 @@ class LinearConfig:
         for epoch in self.schedule or ():
             checks.count("schedule", epoch)
         checks.not_negative("weight_decay", self.weight_decay)
-        checks.momentum(self.momentum, "momentum")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        checks.fraction("momentum", self.momentum)
+        checks.seed(self.seed)
 
     def factor(self, epoch: int) -> float:
         """What the learning rates are multiplied by in an epoch, counted from 0."""
@@ -201,10 +200,7 @@ def train_heads(
         raise ValueError(f"classes must be at least 2, got {classes}")
     checks.finite(train=train, test=test)
     for name, values in (("labels", labels), ("test_labels", test_labels)):
-        if not 0 <= int(values.min()) <= int(values.max()) < classes:
-            raise ValueError(
-                f"{name} must be in [0, {classes}), got {int(values.min())} to {int(values.max())}"
-            )
+        checks.in_range(name, values, classes, wait=True)
     sweep = len(config.lr) > 1
     held_out, single = hold_out(labels, config.seed)
     if sweep and not held_out.any():

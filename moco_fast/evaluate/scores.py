@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moco_fast import checks
+
 
 def accuracy_at(
     predicted: Tensor,  # (N, P) integers, best guess first
@@ -46,9 +48,6 @@ def confusion(
             f"predicted and labels must be (N,), got {tuple(predicted.shape)} and {tuple(labels.shape)}"
         )
     for name, values in (("predicted", predicted), ("labels", labels)):
-        if len(values) and not (int(values.min()) >= 0 and int(values.max()) < classes):
-            raise ValueError(
-                f"{name} must be in [0, {classes}), got {int(values.min())} to {int(values.max())}"
-            )
+        checks.in_range(name, values, classes, wait=True)
     pairs = labels.long() * classes + predicted.long()
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)

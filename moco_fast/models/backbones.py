@@ -25,7 +25,7 @@ ANY_CHANNELS = (SMALL_RESNET, CIFAR_RESNET, *VITS)  # torchvision's take 3
 
 
 def backbone(
-    arch: str, *, width: int, in_channels: int, image_size: int | None = None
+    arch: str, *, width: int = 16, in_channels: int = 3, image_size: int | None = None
 ) -> Callable[..., nn.Module]:
     """Return what :class:`moco_fast.MoCo` takes as ``base_encoder``.
 

@@ -62,9 +62,9 @@ class DINO(Method):
         super().__init__()
         checks.count("prototypes", prototypes)
         checks.count("mlp_dim", mlp_dim)
-        self.student_T = checks.temperature(student_T, name="student_T")
-        self.teacher_T = checks.temperature(teacher_T, name="teacher_T")
-        self.center_momentum = checks.momentum(center_momentum, name="center_momentum")
+        self.student_T = checks.temperature("student_T", student_T)
+        self.teacher_T = checks.temperature("teacher_T", teacher_T)
+        self.center_momentum = checks.fraction("center_momentum", center_momentum)
         self.student, self.head = _with_head(base_encoder, dim, mlp_dim)
         self.teacher, _ = _with_head(base_encoder, dim, mlp_dim)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, dim), dim=1))
@@ -99,10 +99,11 @@ class DINO(Method):
             x2: the other, of the same shape.
             m: momentum of the teacher, in [0, 1].
             teacher_T: temperature of the teacher in this step, if not that of the model.
-            return_stats: also return the statistics, of the student's and teacher's bottlenecks.
+            return_stats: also return means over the student's and teacher's bottlenecks.
 
         Returns:
-            The mean loss over both directions; with ``return_stats`` also the statistics.
+            The mean loss over both directions; with ``return_stats`` also a dict of the means that
+            :meth:`moco_fast.ops.InfoNCEStats.means` names.
 
         Raises:
             TypeError, ValueError: views that are no images or do not match, m or a temperature out of range.
@@ -158,11 +159,11 @@ class DINO(Method):
                 "DINO cannot be sharded by FSDP2: its teacher's prototypes, which a step updates, are "
                 "parameters of the model itself. DistributedDataParallel serves."
             )
-        checks.temperature(self.student_T, name="student_T")  # these may have been set since the constructor
-        checks.momentum(self.center_momentum, name="center_momentum")
+        checks.temperature("student_T", self.student_T)  # these may have been set since the constructor
+        checks.fraction("center_momentum", self.center_momentum)
         own = {
-            "m": checks.momentum(m),
-            "teacher_T": checks.temperature(teacher_T, name="teacher_T"),
+            "m": checks.fraction("m", m),
+            "teacher_T": checks.temperature("teacher_T", teacher_T),
             "student_T, center_momentum": (self.student_T, self.center_momentum),
         }
         return steps.check_views(x1=x1, x2=x2, same_shape=True) | own

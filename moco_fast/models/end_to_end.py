@@ -43,7 +43,7 @@ class EndToEnd(Method):
         self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.07, mlp: bool = False
     ) -> None:
         super().__init__()
-        self.T = checks.temperature(T, name="T")
+        self.T = checks.temperature("T", T)
         encoder, self.head = steps.build_encoder(base_encoder, dim)
         if mlp:
             heads.insert_mlp(encoder, self.head)
@@ -58,8 +58,14 @@ class EndToEnd(Method):
     ) -> Any:
         """Cross-entropy of the queries of x1 against the keys of x2; in training against those of all ranks.
 
+        Args:
+            x1: one view of every image.
+            x2: the other.
+            return_stats: also return means over the queries.
+
         Returns:
-            The mean loss over this rank's queries; with ``return_stats`` also the statistics.
+            The mean loss over this rank's queries; with ``return_stats`` also a dict of the means that
+            :meth:`moco_fast.ops.InfoNCEStats.means` names.
 
         Raises:
             TypeError, ValueError: views that are no images or not as many, a temperature out of range.
@@ -71,11 +77,11 @@ class EndToEnd(Method):
         if self.training:
             first = distributed.own_rows(len(keys)).start
             keys = distributed.all_gather_rows_with_grad(keys, same_loss=False)
-        loss = ops.contrast(q, keys, self.T, labels=first)
+        loss = ops.contrast(q, keys, self.T, first=first)
         if not return_stats:
             return loss
         return loss, steps.pair_stats(q, keys, first + torch.arange(len(q), device=q.device))
 
     def _facts(self, x1: Tensor, x2: Tensor) -> dict[str, object]:
-        checks.temperature(self.T, name="T")  # may have been set since the constructor
+        checks.temperature("T", self.T)  # may have been set since the constructor
         return steps.check_views(x1=x1, x2=x2) | {"T": self.T}

@@ -76,7 +76,7 @@ class MemoryBank(Method):
         checks.count("count", count)
         checks.count("K", K)
         checks.one_of("loss", loss, LOSSES)
-        self.T, self.momentum = checks.temperature(T, name="T"), checks.momentum(momentum, name="momentum")
+        self.T, self.momentum = checks.temperature("T", T), checks.fraction("momentum", momentum)
         self.K, self.objective = K, loss
         encoder, self.head = steps.build_encoder(base_encoder, dim)
         if mlp:
@@ -102,10 +102,11 @@ class MemoryBank(Method):
         Args:
             im: one view of every image.
             indices: which images of the training set they are, in [0, count).
-            return_stats: also return the statistics.
+            return_stats: also return means over the images.
 
         Returns:
-            The mean loss over this rank's images; with ``return_stats`` also the statistics.
+            The mean loss over this rank's images; with ``return_stats`` also a dict of the means that
+            :meth:`moco_fast.ops.InfoNCEStats.means` names.
 
         Raises:
             TypeError: no tensor of images, or indices are not int64 of one dimension.
@@ -168,8 +169,8 @@ class MemoryBank(Method):
         self.bank.index_copy_(0, indices, rows[last])
 
     def _facts(self, im: Tensor, indices: Tensor) -> dict[str, object]:
-        checks.temperature(self.T, name="T")  # these may have been set since the constructor
-        checks.momentum(self.momentum, name="momentum")
+        checks.temperature("T", self.T)  # these may have been set since the constructor
+        checks.fraction("momentum", self.momentum)
         shapes = steps.check_views(im=im)
         checks.in_range("indices", checks.per_row("indices", indices, "im", im), len(self.bank))
         own = (self.bank.shape, self.K, self.T, self.momentum, self.objective, self._settled)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,8 @@ class MoCo(Method, KeyQueue):
         shuffle_bn: bool = True,
     ) -> None:
         checks.count("K", K)
-        checks.momentum(m)
-        checks.temperature(T, name="T")
+        checks.fraction("m", m)
+        checks.temperature("T", T)
         checks.count("bn_splits", bn_splits)
         checks.one_of("queue_sync", queue_sync, ("global", "local"))
 
@@ -152,17 +152,28 @@ class MoCo(Method, KeyQueue):
         """
         q, k, enqueue = self._encode(im_q, im_k, return_loss, return_stats)
         if return_loss:
-            result = ops.info_nce(q, k, self.negatives, self.T, return_stats=return_stats)
+            stats = None
+            if return_stats:
+                loss, stats = ops.info_nce(q, k, self.negatives, self.T, return_stats=True)
+            else:
+                loss = ops.info_nce(q, k, self.negatives, self.T)
             enqueue()
-            if not self.symmetric:
-                return result
-            # From the mean over the rows of both directions to the sum of their means.
-            return (2 * result[0], result[1]) if return_stats else 2 * result
+            if self.symmetric:
+                loss = 2 * loss  # from the mean over the rows of both directions to the sum of their means
+            return loss if stats is None else (loss, stats)
         # A copy, because the rows are overwritten before backward needs them.
         logits = contrast_logits(q, k, self.rows.clone(), self.T)
         labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
         enqueue()
         return logits, labels
+
+    @overload
+    def loss(self, im_q: Tensor, im_k: Tensor, *, return_stats: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def loss(
+        self, im_q: Tensor, im_k: Tensor, *, return_stats: Literal[True]
+    ) -> tuple[Tensor, ops.InfoNCEStats]: ...
 
     def loss(
         self,

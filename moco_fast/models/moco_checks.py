@@ -25,8 +25,8 @@ def step(
         raise ValueError(
             "return_loss must be True for a symmetric model, which has no single logits, got False"
         )
-    checks.momentum(model.m)  # these may have been set since the constructor, by a schedule
-    checks.temperature(model.T, name="T")
+    checks.fraction("m", model.m)  # these may have been set since the constructor, by a schedule
+    checks.temperature("T", model.T)
     checks.count("accumulation_steps", model.accumulation_steps)
     steps.check_views(least=0, im_q=im_q, im_k=im_k)
     _check_batch(model, len(im_q))

@@ -30,8 +30,8 @@ def momentum_at(progress: float, m0: float) -> float:
     Raises:
         TypeError, ValueError: an argument out of range, named.
     """
-    checks.momentum(progress, name="progress")
-    checks.momentum(m0, name="m0")
+    checks.fraction("progress", progress)
+    checks.fraction("m0", m0)
     return 1 - (1 + math.cos(math.pi * progress)) * (1 - m0) / 2
 
 
@@ -78,7 +78,7 @@ class MoCoV3(Method):
     ) -> None:
         checks.count("mlp_dim", mlp_dim)
         super().__init__()
-        self.T = checks.temperature(T, name="T")
+        self.T = checks.temperature("T", T)
         self.dim = dim
         # One seed, one initial state: drawn encoder by encoder, then the MLPs in the same order.
         self.base_encoder, self.head = steps.build_encoder(base_encoder, dim)
@@ -118,11 +118,11 @@ class MoCoV3(Method):
             x2: the other.
             m: momentum of the momentum encoder, in [0, 1]; a 0-d tensor on its device is not read back.
                 :func:`momentum_at` gives the schedule.
-            return_stats: also return means over the queries of both directions: "pos_sim", cosine with the
-                own key; "neg_sim", mean cosine with all others; "acc1", share whose own key is the closest.
+            return_stats: also return means over the queries of both directions.
 
         Returns:
-            The loss, a scalar; or ``(loss, stats)``.
+            The loss, a scalar; with ``return_stats`` also a dict of the means that
+            :meth:`moco_fast.ops.InfoNCEStats.means` names.
 
         Raises:
             TypeError, ValueError: views that are no tensors, of different or no images; m or T out of range.
@@ -136,7 +136,7 @@ class MoCoV3(Method):
         with torch.no_grad():
             k1, k2 = (self.momentum_encoder(x) for x in (x1, x2))
             k, first = self._all_keys(torch.stack([k2, k1]).to(q.dtype))
-        loss = 4 * self.T * ops.contrast(q, k, self.T, labels=first)  # the mean of two directions, times 2
+        loss = 4 * self.T * ops.contrast(q, k, self.T, first=first)  # the mean of two directions, times 2
         if not return_stats:
             return loss
         own = first + torch.arange(q.shape[1], device=q.device)
@@ -161,7 +161,7 @@ class MoCoV3(Method):
 
     def _facts(self, x1: Tensor, x2: Tensor, m: float | Tensor) -> dict[str, object]:
         """What has to be the same on every rank; raises for what is wrong with a step."""
-        checks.temperature(self.T, name="T")  # it may have been set since the constructor
+        checks.temperature("T", self.T)  # it may have been set since the constructor
         shapes = steps.check_views(x1=x1, x2=x2)
         if self.training:
             steps.check_shards(self, "momentum_encoder", "base_encoder")
@@ -171,7 +171,7 @@ class MoCoV3(Method):
             checks.scalar_tensor("m", m, "momentum_encoder", beside)
             value = m.item() if m.device.type == "cpu" else "a tensor"
         if value != "a tensor":
-            checks.momentum(value)
+            checks.fraction("m", value)
         return shapes | {"T": self.T, "m": value, "dim": self.dim}
 
 

@@ -42,7 +42,7 @@ class SimCLR(Method):
 
     def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.1) -> None:
         super().__init__()
-        self.T = checks.temperature(T, name="T")
+        self.T = checks.temperature("T", T)
         encoder, self.head = steps.build_encoder(base_encoder, dim)
         heads.insert_mlp(encoder, self.head)
         self.encoder = encoder
@@ -56,8 +56,14 @@ class SimCLR(Method):
     ) -> Any:
         """NT-Xent of one view and the other; in training over the images of all ranks.
 
+        Args:
+            x1: one view of every image.
+            x2: the other, of the same shape.
+            return_stats: also return means over all views.
+
         Returns:
-            The mean loss over all views, the same on every rank; with ``return_stats`` also the statistics.
+            The mean loss over all views, the same on every rank; with ``return_stats`` also a dict of the
+            means that :meth:`moco_fast.ops.InfoNCEStats.means` names.
 
         Raises:
             TypeError, ValueError: views that are no images or do not match, a temperature out of range.
@@ -76,5 +82,5 @@ class SimCLR(Method):
         return loss, steps.pair_stats(flat, flat, index.roll(z.shape[1]), itself=index)
 
     def _facts(self, x1: Tensor, x2: Tensor) -> dict[str, object]:
-        checks.temperature(self.T, name="T")  # may have been set since the constructor
+        checks.temperature("T", self.T)  # may have been set since the constructor
         return steps.check_views(x1=x1, x2=x2, same_shape=True) | {"T": self.T}

@@ -67,9 +67,14 @@ class SimSiam(Method):
     ) -> Any:
         """The symmetrised negative cosine, in [-1, 1].
 
+        Args:
+            x1: one view of every image.
+            x2: the other.
+            return_stats: also return means over the embeddings z.
+
         Returns:
-            The mean loss; with ``return_stats`` also the statistics, of the embeddings z. A ``neg_sim`` near
-            1 is a collapse.
+            The mean loss; with ``return_stats`` also a dict of the means that
+            :meth:`moco_fast.ops.InfoNCEStats.means` names. A "neg_sim" near 1 is a collapse.
 
         Raises:
             TypeError, ValueError: views that are no images, or not as many.

@@ -68,12 +68,12 @@ class SupMoCo(MoCo):
             im_q: views for the query encoder.
             im_k: views for the key encoder.
             labels: class of every image.
-            return_stats: also return the statistics, of the image's own key and all rows of the queue; a
-                second pass over the queue.
+            return_stats: also return :class:`moco_fast.ops.InfoNCEStats`, of the image's own key and all rows
+                of the queue; a second pass over the queue.
 
         Returns:
             The mean loss, of a symmetric model the sum of both directions'; with ``return_stats`` also the
-            statistics.
+            statistics, a row for each query.
 
         Raises:
             TypeError, ValueError: as of MoCo; labels not int64, not one for each image, or, on a CPU, out of
@@ -89,13 +89,12 @@ class SupMoCo(MoCo):
             q, k, self.negatives, self.T,
             labels=labels.repeat(directions), queue_labels=self.queue_labels, classes=self.classes,
         )  # fmt: skip
-        stats: dict[str, Tensor] = {}
+        stats = None
         if return_stats:
-            _, found = ops.info_nce(q.detach(), k, self.negatives, self.T, return_stats=True)
-            stats = found.means()
+            _, stats = ops.info_nce(q.detach(), k, self.negatives, self.T, return_stats=True)
         if self.training:
             enqueue(distributed.all_gather_rows(labels) if self.queue_sync == "global" else labels)
-        return (loss, stats) if return_stats else loss
+        return loss if stats is None else (loss, stats)
 
     def loss(self, *arguments: Any, **options: Any) -> Any:
         """MoCo's, which has no labels; call the model instead.

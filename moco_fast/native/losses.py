@@ -120,7 +120,7 @@ def _gemm_in_bf16() -> Iterator[None]:
 
 
 def contrast(
-    q: Tensor, k: Tensor, temperature: float, labels: int, precision: str, need_dq: bool, need_dk: bool
+    q: Tensor, k: Tensor, temperature: float, first: int, precision: str, need_dq: bool, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`moco_fast.reference.contrast`."""
     q, k = q.contiguous(), k.contiguous()
@@ -130,7 +130,7 @@ def contrast(
     dq = torch.empty(problems, queries if need_dq else 0, features, **FP32)
     dk = torch.empty(problems, keys if need_dk else 0, features, **FP32)
     compiled._C.contrast(
-        q.data_ptr(), k.data_ptr(), DTYPES[q.dtype], problems, queries, keys, features, labels, temperature,
+        q.data_ptr(), k.data_ptr(), DTYPES[q.dtype], problems, queries, keys, features, first, temperature,
         loss.data_ptr(), dq.data_ptr() if need_dq else 0, dk.data_ptr() if need_dk else 0,
         torch.get_num_threads(),
     )  # fmt: skip

@@ -71,8 +71,8 @@ def nt_xent(z1: object, z2: object) -> tuple[Tensor, Tensor]:
     return z1, z2
 
 
-def contrast(q: object, k: object, labels: object) -> tuple[Tensor, Tensor, int]:
-    """Check the tensors and labels of :func:`moco_fast.contrast`."""
+def contrast(q: object, k: object, first: object) -> tuple[Tensor, Tensor, int]:
+    """Check the tensors and first of :func:`moco_fast.contrast`."""
     several = isinstance(q, Tensor) and q.ndim == 3
     q = checks.tensor("q", q, ndim=3 if several else 2)
     k = checks.tensor("k", k, ndim=q.ndim)
@@ -82,17 +82,17 @@ def contrast(q: object, k: object, labels: object) -> tuple[Tensor, Tensor, int]
         raise ValueError(f"k must have shape ({expected}) to match q {tuple(q.shape)}, got {tuple(k.shape)}")
     _same_dtype("q", q, "k", k)
     checks.same_device("q", q, "k", k)
-    if isinstance(labels, bool) or not isinstance(labels, int):
-        raise TypeError(f"labels must be an integer, got {type(labels).__name__} {labels!r}")
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise TypeError(f"first must be an integer, got {type(first).__name__} {first!r}")
     last = k.shape[-2] - q.shape[-2]
     if last < 0:
         raise ValueError(f"k must hold a key for each of the {q.shape[-2]} queries, got {k.shape[-2]}")
-    if not 0 <= labels <= last:
+    if not 0 <= first <= last:
         raise ValueError(
-            f"labels, the row of k that is the first query's key, must be in [0, {last}] for "
-            f"{q.shape[-2]} queries and {k.shape[-2]} keys, got {labels}"
+            f"first, the row of k that is the first query's key, must be in [0, {last}] for "
+            f"{q.shape[-2]} queries and {k.shape[-2]} keys, got {first}"
         )
-    return q, k, labels
+    return q, k, first
 
 
 def dino(

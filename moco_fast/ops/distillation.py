@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moco_fast import backends, checks, reference
 from moco_fast.ops import arguments
-from moco_fast.ops.losses import scaled_gradient
+from moco_fast.ops.losses import reduced, scaled_gradient
 
 
 def dino(
@@ -65,8 +65,8 @@ def dino(
     """
     tensors = arguments.dino(student, teacher, prototypes, teacher_prototypes, center)
     temperatures = (
-        checks.temperature(student_temperature, "student_temperature"),
-        checks.temperature(teacher_temperature, "teacher_temperature"),
+        checks.temperature("student_temperature", student_temperature),
+        checks.temperature("teacher_temperature", teacher_temperature),
     )
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
@@ -74,7 +74,7 @@ def dino(
     need_ds, need_dw = (x.requires_grad and torch.is_grad_enabled() for x in (tensors[0], tensors[2]))
     checks.one_gradient(reduction, need_dw)
     rows, _, _ = _dino(*tensors, *temperatures, precision, need_ds, need_dw)
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    return reduced(rows, reduction)
 
 
 @torch.library.custom_op("moco_fast::dino", mutates_args=())

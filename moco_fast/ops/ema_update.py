@@ -47,7 +47,7 @@ def ema_update_(
     if masters is not None:
         arguments.ema_masters(targets, averages)
     if not isinstance(m, Tensor):
-        m = torch.tensor(checks.momentum(m), dtype=torch.float64, device="cpu")
+        m = torch.tensor(checks.fraction("m", m), dtype=torch.float64, device="cpu")
     if targets:
         checks.scalar_tensor("m", m, "targets[0]", targets[0])
         _ema_update_(targets, sources, m, averages)
@@ -57,7 +57,7 @@ def _ema_update_impl(
     targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor, masters: Sequence[Tensor]
 ) -> None:
     if m.device.type == "cpu":
-        checks.momentum(m.item())
+        checks.fraction("m", m.item())
     # Backends write through pointers, unseen by autograd.
     torch.autograd.graph.increment_version([*targets, *masters])
     # One tensor decides: all share a device, and a backend leaves pairs of odd dtypes to the reference.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,14 +14,40 @@ from moco_fast.ops import arguments
 class InfoNCEStats(NamedTuple):
     """What a training loop wants to know about the logits, without the logits."""
 
-    rank: Tensor  # (N,) int64: negatives more similar than the positive; accuracy@k = (rank < k).mean()
+    rank: Tensor  # (N,) int64: negatives nearer than the positive; accuracy@k = (rank < k).float().mean()
     pos: Tensor  # (N,) cosine of query and key
     neg: Tensor  # (N,) mean cosine of query and queue
 
     def means(self) -> dict[str, Tensor]:
-        """Means over the queries, 0-d: "pos_sim", "neg_sim" and "acc1", the share with rank 0."""
+        """Means over the queries, 0-d: "pos_sim", "neg_sim" and "acc1", the share whose key is closest."""
         acc1 = (self.rank == 0).to(self.pos.dtype).mean()
         return {"pos_sim": self.pos.mean(), "neg_sim": self.neg.mean(), "acc1": acc1}
+
+
+@overload
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float = ...,
+    *,
+    precision: str = ...,
+    reduction: str = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def info_nce(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float = ...,
+    *,
+    precision: str = ...,
+    reduction: str = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, InfoNCEStats]: ...
 
 
 def info_nce(
@@ -65,13 +91,13 @@ def info_nce(
         >>> loss = moco_fast.info_nce(q, k, queue, temperature=0.2)
     """
     q, k, queue = arguments.info_nce(q, k, queue)
-    temperature = checks.temperature(temperature)
+    temperature = checks.temperature("temperature", temperature)
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
 
     need_dq = q.requires_grad and torch.is_grad_enabled()
     rows, _, rank, pos, neg = _info_nce(q, k, queue, temperature, precision, need_dq, return_stats)
-    loss = rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    loss = reduced(rows, reduction)
     return (loss, InfoNCEStats(rank, pos.detach(), neg.detach())) if return_stats else loss
 
 
@@ -113,14 +139,14 @@ def nt_xent(
         >>> loss = moco_fast.nt_xent(model(view1), model(view2), temperature=0.1)
     """
     z1, z2 = arguments.nt_xent(z1, z2)
-    temperature = checks.temperature(temperature)
+    temperature = checks.temperature("temperature", temperature)
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
 
     need_dz = (z1.requires_grad or z2.requires_grad) and torch.is_grad_enabled()
     checks.one_gradient(reduction, need_dz)
     rows, _ = _nt_xent(torch.cat([z1, z2]), temperature, precision, need_dz)
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    return reduced(rows, reduction)
 
 
 def contrast(
@@ -128,15 +154,15 @@ def contrast(
     k: Tensor,  # (M, C) or (D, M, C), M >= N
     temperature: float = 1.0,
     *,
-    labels: int = 0,
+    first: int = 0,
     precision: str = "high",
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy of queries against the keys of a batch, fused.
 
     ``loss_i = -log( exp(q^_i.k^_y/T) / sum_j exp(q^_i.k^_j/T) )`` with
-    ``y = labels + i`` and ``x^ = x / max(|x|, 1e-12)``: ``F.cross_entropy(q^ @ k^.T / T,
-    arange(N) + labels)``, the loss of MoCo v3 without its factor 2T. Neither the
+    ``y = first + i`` and ``x^ = x / max(|x|, 1e-12)``: ``F.cross_entropy(q^ @ k^.T / T,
+    arange(N) + first)``, the loss of MoCo v3 without its factor 2T. Neither the
     N x M logits nor their gradient exist in memory. Gradients are computed in the
     forward pass: to ``q``, and to ``k`` unless it is frozen, that is, without grad.
     Source: Chen et al. 2021, "An Empirical Study of Training Self-Supervised
@@ -148,7 +174,7 @@ def contrast(
             share launches, such as the two directions of a symmetric loss.
         k: keys of the same dtype, not normalised; on several ranks those of all, in the order of the ranks.
         temperature: T > 0.
-        labels: row of k that is the key of the first query, N * rank for gathered keys.
+        first: row of k that is the key of the first query, N * rank for gathered keys.
         precision: what the matrix products may round their operands to at most:
             "highest" fp32, "high" fp16 (on a CPU fp32), "medium" bf16. Sums are always fp32.
         reduction: "mean" or "sum" over all D N queries, or "none": losses (N,) or (D, N), without a gradient
@@ -159,23 +185,28 @@ def contrast(
         A non-finite row gives non-finite losses. It can be differentiated once; a second derivative raises.
 
     Raises:
-        TypeError: not a floating-point tensor, dtypes differ, labels is not an integer.
-        ValueError: shapes or devices do not match, an empty batch, labels out of range, a temperature that is
+        TypeError: not a floating-point tensor, dtypes differ, first is not an integer.
+        ValueError: shapes or devices do not match, an empty batch, first out of range, a temperature that is
             not finite and positive, "none" where a gradient to k is wanted.
 
     Example:
         >>> loss = 4 * T * moco_fast.contrast(torch.stack([q1, q2]), torch.stack([k2, k1]), T)  # MoCo v3
     """
-    q, k, labels = arguments.contrast(q, k, labels)
-    temperature = checks.temperature(temperature)
+    q, k, first = arguments.contrast(q, k, first)
+    temperature = checks.temperature("temperature", temperature)
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
 
     need_dq, need_dk = (x.requires_grad and torch.is_grad_enabled() for x in (q, k))
     checks.one_gradient(reduction, need_dk)
     problems, shape = (q, k) if q.ndim == 3 else (q[None], k[None]), q.shape[:-1]
-    rows, _, _ = _contrast(*problems, temperature, labels, precision, need_dq, need_dk)
-    return rows.view(shape) if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    rows, _, _ = _contrast(*problems, temperature, first, precision, need_dq, need_dk)
+    return reduced(rows.view(shape), reduction)
+
+
+def reduced(rows: Tensor, reduction: str) -> Tensor:
+    """The losses of all rows, or their mean or sum."""
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
 @torch.library.custom_op("moco_fast::info_nce", mutates_args=())
@@ -257,15 +288,15 @@ _nt_xent.register_autograd(_scale_dz, setup_context=_save_dz)
 
 @torch.library.custom_op("moco_fast::contrast", mutates_args=())
 def _contrast(
-    q: Tensor, k: Tensor, temperature: float, labels: int, precision: str, need_dq: bool, need_dk: bool
+    q: Tensor, k: Tensor, temperature: float, first: int, precision: str, need_dq: bool, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = backends.choose("contrast", (q, k))
     with torch.autocast(q.device.type, enabled=False):  # the op's own matrix products stay in fp32
-        return backend.contrast(q, k, temperature, labels, precision, need_dq, need_dk)
+        return backend.contrast(q, k, temperature, first, precision, need_dq, need_dk)
 
 
 @_contrast.register_fake
-def _(q, k, temperature, labels, precision, need_dq, need_dk):
+def _(q, k, temperature, first, precision, need_dq, need_dk):
     problems, rows, features = q.shape
     loss = q.new_empty((problems, rows), dtype=reference.compute_dtype(q, k))
     dq = loss.new_empty((problems, rows if need_dq else 0, features))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moco_fast import checks
 from moco_fast.ops import arguments
-from moco_fast.ops.losses import info_nce
+from moco_fast.ops.losses import info_nce, reduced
 
 
 def multi_info_nce(
@@ -58,13 +58,10 @@ def multi_info_nce(
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     first = k[:, 0] if several else k
     if labels is None and (not several or k.shape[1] == 1):
-        loss = info_nce(q, first, queue, temperature, precision=precision, reduction=reduction)
-        assert isinstance(loss, Tensor)
-        return loss
+        return info_nce(q, first, queue, temperature, precision=precision, reduction=reduction)
 
     # Relative to the first key's loss: where that is the only positive, all terms below are exactly 0.
     rows = info_nce(q, first, queue, temperature, precision=precision, reduction="none")
-    assert isinstance(rows, Tensor)
     q_hat = F.normalize(q.to(rows.dtype), dim=1)
     own = F.normalize((k if several else k[:, None]).to(rows.dtype), dim=-1)
     logits = (q_hat[:, None] * own).sum(dim=2) / temperature  # (N, P)
@@ -79,8 +76,7 @@ def multi_info_nce(
         of = torch.where(labels < 0, classes, labels)  # the last row is that of the unknown, and 0
         further, count = further + sums[of], count + counts[of]
     mean = ((count - 1) * logits[:, 0] - (q_hat * further).sum(dim=1) / temperature) / count
-    rows = rows + mean
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    return reduced(rows + mean, reduction)
 
 
 @torch.no_grad()

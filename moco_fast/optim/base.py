@@ -34,7 +34,7 @@ class EMAOptimizer(torch.optim.Optimizer):
         self._keys: dict[Tensor, Tensor] = {}  # by query
         pairs = list(ema)
         if not isinstance(m, Tensor):
-            checks.momentum(m)
+            checks.fraction("m", m)
         try:
             arguments.ema_update(
                 local_shards(key for key, _ in pairs), local_shards(query for _, query in pairs)
@@ -141,7 +141,7 @@ class EMAOptimizer(torch.optim.Optimizer):
             if beside:
                 checks.scalar_tensor(name, value, "the parameters", beside[0])
         elif name == "m":
-            checks.momentum(value)
+            checks.fraction("m", value)
 
 
 def refuse_capture(param: Tensor) -> None:

@@ -137,14 +137,14 @@ def contrast(
     q: Tensor,  # (D, N, C), raw
     k: Tensor,  # (D, M, C), raw, M >= N
     temperature: float,
-    labels: int,  # the positive of query i is key labels + i
+    first: int,  # the positive of query i is key first + i
     precision: str,  # the least a backend must deliver; fp32 satisfies all
     need_dq: bool,
     need_dk: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of queries against the keys of a batch and its gradients, for D problems side by side.
 
-    With ``s_ij = q^_i.k^_j / T``, ``y_i = labels + i`` and p_i = softmax(s_i)::
+    With ``s_ij = q^_i.k^_j / T``, ``y_i = first + i`` and p_i = softmax(s_i)::
 
         loss_i = logsumexp_j(s_ij) - s_iy
         dq^_i  = (sum_{j != y} p_ij k^_j - (1 - p_iy) k^_y) / T
@@ -163,14 +163,14 @@ def contrast(
     k_hat, k_norm = normalise(k.to(dtype))
     problems, rows, _ = q.shape
     index = torch.arange(rows, device=q.device)
-    own = slice(labels, labels + rows)
+    own = slice(first, first + rows)
     own_hat = k_hat[:, own]
     loss = q_hat.new_empty((problems, rows))
     dq_hat = torch.empty_like(q_hat[:, : rows if need_dq else 0])
     dk_hat = torch.zeros_like(k_hat[:, : None if need_dk else 0])
     for block in row_blocks(rows, problems * k.shape[1]):
         logits = (q_hat[:, block] @ k_hat.mT).div_(temperature)  # (D, rows of the block, M)
-        own_logits = (slice(None), index[block] - block.start, index[block] + labels)
+        own_logits = (slice(None), index[block] - block.start, index[block] + first)
         positive = logits[own_logits]
         logits[own_logits] = -torch.inf
         loss[:, block], exps, total, miss = _cross_entropy(positive, logits)

@@ -161,19 +161,17 @@ class PretrainConfig:
                 )
         for name in (*_COUNTS, *(name for name in _OPTIONAL_COUNTS if name in row.options)):
             checks.count(name, getattr(self, name))
-        for name in ("seed", "threads", "workers", "knn_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        for name in ("threads", "workers", "knn_every"):
+            checks.count(name, getattr(self, name), least=0)
         if self.width % 8:  # oneDNN's gradient of narrower strided 1x1 convolutions differs from run to run
             raise ValueError(f"width must be a multiple of 8, got {self.width}")
-        checks.momentum(self.sgd_momentum, "sgd_momentum")
+        checks.fraction("sgd_momentum", self.sgd_momentum)
         for name in ("momentum", "bank_momentum"):
             if getattr(self, name) is not None:
-                checks.momentum(getattr(self, name), name)
+                checks.fraction(name, getattr(self, name))
         for name in ("temperature", "teacher_temperature"):
             if getattr(self, name) is not None:
-                checks.temperature(getattr(self, name), name)
+                checks.temperature(name, getattr(self, name))
         for name, lowest in (("lr", 0.0), ("weight_decay", 0.0), ("warmup_epochs", 0.0), ("canvas", 1.0)):
             value = checks.number(name, getattr(self, name))
             if not (math.isfinite(value) and value >= lowest):
@@ -182,8 +180,7 @@ class PretrainConfig:
         checks.one_of("optimizer", self.optimizer, ("sgd", "lars", "adamw"))
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be below epochs={self.epochs}, got {self.warmup_epochs!r}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}")
+        checks.seed(self.seed)
         splits = self.bn_splits or 1
         if self.batch_size % (self.accumulation * splits):
             raise ValueError(

@@ -76,10 +76,9 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr_batch_size", "log_every", "checkpoint_every"):
             checks.count(name, getattr(self, name))
-        for name in ("seed", "threads", "workers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-                raise ValueError(f"{name} must be a whole number in [0, 2**63), got {value!r}")
+        for name in ("threads", "workers"):
+            checks.count(name, getattr(self, name), least=0)
+        checks.seed(self.seed)
         if self.image_size is not None:
             checks.count("image_size", self.image_size)
         checks.one_of("optimizer", self.optimizer, tuple(DEFAULTS))

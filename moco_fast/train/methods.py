@@ -95,7 +95,8 @@ def _sup_moco(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
 
 
 def _sup_moco_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
-    return model(views.first, views.second, views.labels, return_stats=True)
+    loss, stats = model(views.first, views.second, views.labels, return_stats=True)
+    return loss, stats.means()
 
 
 def _moco_v3(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:

@@ -82,7 +82,11 @@ def joined(device: str) -> Iterator[None]:
     if on_gpu and ":" in device:
         raise ValueError(f"device must be auto, cpu or cuda for several processes, got {device!r}")
     if on_gpu and local_rank() >= torch.cuda.device_count():
-        raise ValueError(f"{torch.cuda.device_count()} GPUs are fewer than the processes on this machine")
+        found = torch.cuda.device_count()
+        raise ValueError(
+            f"device {device!r} has no GPU for local rank {local_rank()}: this machine has {found}; "
+            f"use --nproc-per-node {found} or --device cpu"
+        )
     if on_gpu and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise ValueError("LOCAL_RANK must be set, as torchrun does: it tells which GPU is this process's")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=distributed.PATIENCE)))

@@ -173,6 +173,8 @@ def open_run(config: C, out: Path, resume: Resume, **arguments: str | None) -> R
         CheckpointError: a checkpoint that cannot be gone on from, or not with this config.
         Disagreement: the processes were given different arguments.
     """
+    if not (isinstance(resume, bool) or resume in ("auto", "restart")):
+        raise ValueError(f"resume must be True, False, 'auto' or 'restart', got {resume!r}")
     check_agreement({"the config": config.to_dict(), "out": str(out), "resume": resume, **arguments})
     asked = config.to_dict() | arguments
     begun = on_rank_0(lambda: _begun(out))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco_fast import checks
 from moco_fast.evaluate.embedding import embed
 from moco_fast.evaluate.pictures.figure import BLUE, INK, new_figure, save
 
@@ -56,11 +57,7 @@ def plot_embedding(
         labels = labels.cpu()
         if labels.shape != features.shape[:1]:
             raise ValueError(f"labels must be ({len(features)},), one per row, got {tuple(labels.shape)}")
-        if int(labels.min()) < 0 or int(labels.max()) >= len(class_names):
-            raise ValueError(
-                f"labels must be in [0, {len(class_names)}), the classes named, "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
+        checks.in_range("labels", labels, len(class_names), wait=True)
     places = embed(features, seed)
     width, height = (places.amax(0) - places.amin(0)).tolist()
     if height > width:  # a plane has no upright: the longer side lies, as pages are read
