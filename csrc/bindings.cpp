@@ -75,7 +75,7 @@ using PySweepRows = std::tuple<Address, Address, int, Address, int>;
 using PySweepPairs = std::tuple<Address, Address, Address>;
 using PySweepFound = std::tuple<Address, Address, Address, Address, Address>;
 using PySweepSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
-using PySweepNumbers = std::tuple<float, float, float>;
+using PySweepNumbers = std::tuple<float, float, float, float>;
 
 void info_nce_sweep(const PySweepRows& rows, const PySweepPairs& pairs, const PySweepFound& found,
                     const PySweepSizes& sizes, const PySweepNumbers& numbers, bool online, int device,
@@ -84,7 +84,7 @@ void info_nce_sweep(const PySweepRows& rows, const PySweepPairs& pairs, const Py
     const auto [q_norm, k_norm, pos] = pairs;
     const auto [sums, totals, shifts, cosines, ranks] = found;
     const auto [n, slots, features, shares, steps] = sizes;
-    const auto [scale, fixed_shift, offset] = numbers;
+    const auto [scale, fixed_shift, offset, least] = numbers;
     mf::info_nce_sweep_cuda({at<void>(q),
                              at<void>(k),
                              dtype(q_dtype),

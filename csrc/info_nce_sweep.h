@@ -7,8 +7,9 @@
 // what kernels/info_nce.py::_prepare and _sweep write, for _finish. 4 N K C FLOP on 16-bit operands in fp32,
 // N K exponentials; the queue is read once per 128 queries, 2 K C bytes.
 //
-// shifts are `fixed_shift`, or with `online` the largest s_ij less `offset`; a block whose sums came out
-// infinite with the fixed shift sweeps again with the online one.
+// shifts are `fixed_shift`, or with `online` the largest s_ij less `offset`; a block sweeps again with the
+// online one if its sums came out infinite with the fixed shift, or the exponentials of a query too small for
+// the digits of fp16, below `least` on average.
 //
 // Shapes: q, k (N, C) of one dtype, queue (K, C) of `operand`, all 16-byte aligned, C a multiple of 8, at
 // most 128; norms and pos (N); sums (shares, N, C), all others (shares, N); cosines and ranks null if not
@@ -33,7 +34,7 @@ struct InfoNceSweep {
     int32_t* ranks;
     int64_t n, slots, features;
     int64_t shares, steps;
-    float scale, fixed_shift, offset;
+    float scale, fixed_shift, offset, least;
     bool online;
 };
 

@@ -176,11 +176,14 @@ __device__ __forceinline__ void walk(Found& found, Ring<kMany>& ring, int first,
     }
 }
 
-__device__ __forceinline__ bool finite(const Found& found) {
+// Whether a fixed shift did for the sums over so many rows of the queue.
+__device__ __forceinline__ bool fits(const Found& found, int64_t rows, float least) {
+    const float floor = least * float(rows);
     float size[4] = {found.total[0], found.total[1], 0, 0};  // four chains of additions
 #pragma unroll
     for (int i = 0; i < 64; ++i) size[i % 4] += fabsf(found.sums[i]);
-    return (size[0] + size[1]) + (size[2] + size[3]) < INFINITY;
+    return (size[0] + size[1]) + (size[2] + size[3]) < INFINITY && found.total[0] >= floor &&
+           found.total[1] >= floor;
 }
 
 // Adds what the partner, the same thread of the other side, found: its half of the columns, [32 * side, 32 *
@@ -318,6 +321,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
         const int here = (kMany ? group * 64 : 0) + thread % kGroup / 32 * 16 + thread % 32 / 4;
         const float pos[2] = {shared.pos[here], shared.pos[here + 8]};
+        // Rows of the queue that this group walks: full tiles, but for the queue's last.
+        const int walked = kMany ? tiles : (tiles - group + 1) / 2;
+        const int64_t past = (begin + (kMany ? 2 * walked - 1 : group + 2 * walked - 1)) * kTile - args.slots;
+        const int64_t rows = int64_t(walked) * kTile - (walked && past > 0 ? past : 0);
         Found found;
         bool again = true;
         while (again) {
@@ -326,8 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             else
                 walk<Type, kMany, false, kStats>(found, ring, int(begin), tiles, args, pos);
             ring.count += tiles;
-            // Infinite exponentials: rows of the queue longer than 1. The online shift bears them.
-            again = __syncthreads_or(!online && !finite(found));
+            again = __syncthreads_or(!online && !fits(found, rows, args.least));
             online = true;
         }
         meet_partner<kMany>(found, shared, side);

@@ -22,9 +22,6 @@ EPS = tl.constexpr(1e-12)  # smallest norm a row is divided by, as in torch.nn.f
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Smallest temperature at which exp fits between -1/T and 1/T: fp16 spans 2^-24 to 2^16, bf16 fp32's range.
-FIXED_SHIFT_FROM = {torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.025}
-
 SCRATCH_BYTES = 16_800_000  # of partial sums, if one share of them takes less
 
 

@@ -41,7 +41,8 @@ def sweep(
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    shift = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Below any logit, but finite: a center of infinity masks prototypes, a whole tile perhaps.
+    shift = tl.full((BLOCK_M,), -3e38, tl.float32)
     if TEACHER:
         # A tile ahead by hand: of Triton's asynchronous copies of so few values every product would wait.
         col = first * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -17,9 +17,10 @@ queries (from L2 after the first), 2 K C bytes in 16 bit; 4 N K C FLOP; N K
 exponentials; at most SCRATCH_BYTES of partial sums written and read.
 
 Unit rows bound s by 1/T, so a constant shift replaces the running maximum where
-the exponentials fit the operand type between -1/T and 1/T (``FIXED_SHIFT_FROM``).
-Rows that are not unit can break that bound: a program whose sums came out
-non-finite walks its share again with a running maximum.
+the exponentials of cosines around 0 fit the operand type (``FIXED_SHIFT_FROM``).
+A program walks its share again with a running maximum if they did not: if rows
+longer than 1 made sums infinite, or if the exponentials of a query are so small
+on average (``LEAST``) that fp16 holds too few of their digits.
 
 On Hopper csrc/info_nce_sweep.h can take the place of ``_prepare`` and ``_sweep``: ``by_hand``.
 
@@ -39,7 +40,6 @@ from moco_fast import native
 from moco_fast.kernels import info_nce_sweep
 from moco_fast.kernels.candidates import Tiles, candidates
 from moco_fast.kernels.common import (
-    FIXED_SHIFT_FROM,
     LOG2E,
     add_product,
     add_shares,
@@ -86,6 +86,13 @@ SCRATCH_BYTES = 8_000_000  # of partial sums, of all that the op allocates nearl
 
 # Exponentials are scaled by 2^15, the largest power of two in fp16, so that the small ones do not vanish.
 OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
+
+# Smallest temperature of the fixed shift, by precision. With fp16 it is where queries of random features stay
+# clear of LEAST; bf16 has fp32's range, which holds exp from -1/T to 1/T.
+FIXED_SHIFT_FROM = {"highest": 0.1, "high": 0.06, "medium": 0.025}
+# Mean of fp16 exponentials below which a fixed shift is given up. fp16 rounds small values to multiples of
+# 2^-24: at this mean that is 2^-14 of them, and 2^-19 where pairs of fp16 are to hold fp32's digits.
+LEAST, LEAST_OF_PAIRS = tl.constexpr(2.0**-10), tl.constexpr(2.0**-5)
 
 
 @triton.jit
@@ -185,11 +192,14 @@ def _sweep(
         WIDTH, TMA, OFFSET, BLOCK_N, EVEN, ONLINE, SPLIT, SPLIT_QUEUE, DQ, SUMS, RANKS,
     )  # fmt: skip
     if not ONLINE:
-        # Infinite exponentials: rows of the queue longer than 1. Where the input is NaN it stays NaN.
-        finite = total < float("inf")
+        # Rows of the queue longer than 1, or all of them far from a query. NaN inputs end here too, and stay.
+        fits = total < float("inf")
         if DQ:
-            finite &= tl.sum(tl.abs(acc), axis=1) < float("inf")
-        if tl.min((finite | (row >= N)).to(tl.int32), axis=0) == 0:
+            fits &= tl.sum(tl.abs(acc), axis=1) < float("inf")
+            if OFFSET > 0:
+                columns = tl.minimum(last * BLOCK_N, K) - first * BLOCK_N
+                fits &= total >= (LEAST_OF_PAIRS if SPLIT else LEAST) * columns
+        if tl.min((fits | (row >= N)).to(tl.int32), axis=0) == 0:
             acc, total, shift, cosine, above = _walk(
                 q, q_rest, queue, positive, first, last, K, scale, fixed_shift,
                 WIDTH, TMA, OFFSET, BLOCK_N, EVEN, True, SPLIT, SPLIT_QUEUE, DQ, SUMS, RANKS,
@@ -333,7 +343,7 @@ def info_nce(
     operand = operand_dtype(precision)
     split = precision == "highest"
     split_queue = split and queue.dtype != torch.float16
-    online = temperature < FIXED_SHIFT_FROM[operand]
+    offset, online = OFFSET[operand], temperature < FIXED_SHIFT_FROM[precision]
     with_dq = need_dq or by_hand
     sums_wanted = need_stats or not with_dq  # without dq nothing else would notice an infinite feature
     scale = LOG2E / temperature
@@ -344,6 +354,8 @@ def info_nce(
         programs = multiprocessors(q.device) // together
     else:
         block_m, block_n, warps, stages, per_sm = tiles or tiles_for(n, block_c, split, q.device)
+        if queue.element_size() == 4 and block_c == 128:
+            per_sm = min(per_sm, 2)  # more do not fit beside each other with rows of fp32
         programs = per_sm * multiprocessors(q.device)
     blocks, steps = triton.cdiv(n, block_m), triton.cdiv(slots, block_n)
     shares = shares_of(n, features, blocks, steps, programs, SCRATCH_BYTES)
@@ -366,7 +378,7 @@ def info_nce(
         native.info_nce_sweep(
             _aligned(q), _aligned(k), queue, (q_norm, k_norm, pos),
             (sums, totals, shifts, *((cosines, ranks) if need_stats else ())),
-            steps_per_share, (scale, scale - OFFSET[operand], OFFSET[operand]), online,
+            steps_per_share, (scale, scale - offset, offset, LEAST.value if offset else 0.0), online,
         )  # fmt: skip
     else:
         q_high = scratch(n, width, dtype=operand)
@@ -380,8 +392,8 @@ def info_nce(
         _sweep[(blocks, shares)](
             *row_blocks((q_high, q_low, queue), (block_m, block_m, block_n), block_c, tma),
             pos, sums, totals, shifts, cosines, ranks,
-            n, slots, features, steps_per_share, scale, scale - OFFSET[operand],
-            WIDTH=width, TMA=tma, OFFSET=OFFSET[operand], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
+            n, slots, features, steps_per_share, scale, scale - offset,
+            WIDTH=width, TMA=tma, OFFSET=offset, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
             EVEN=slots % block_n == 0, ONLINE=online, SPLIT=split, SPLIT_QUEUE=split_queue,
             DQ=with_dq, SUMS=sums_wanted, RANKS=need_stats,
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,

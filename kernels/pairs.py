@@ -26,7 +26,8 @@ The R x M similarities never reach memory. A pass makes 2 R M C FLOP, 4 with a
 gradient, and R M exponentials.
 
 Rows are of unit norm, so -1/T <= s <= 1/T and a constant shift replaces the
-running maximum where exponentials of that range fit (``FIXED_SHIFT_FROM``).
+running maximum where exponentials keep their digits in all of that range
+(``FIXED_SHIFT_FROM``).
 
 Kernels: pairs_kernels.py.  Tests: tests/test_pairs.py, test_nt_xent.py, test_contrast.py.
 """
@@ -43,7 +44,6 @@ from torch import Tensor
 from moco_fast.kernels import operands, pairs_kernels
 from moco_fast.kernels.candidates import Tiles, candidates
 from moco_fast.kernels.common import (
-    FIXED_SHIFT_FROM,
     LOG2E,
     finishing_blocks,
     has_tma,
@@ -102,6 +102,11 @@ PADDING = 128  # a multiple of every block of rows or columns
 # that they are up to 1 in the first pass, up to 2 in the second.
 OFFSET = {torch.float16: (15.0, 14.0), torch.bfloat16: (0.0, 0.0)}
 
+# Smallest temperature of the fixed shift, for exponentials that stay in fp32 or are operands: pairs of fp16,
+# fp16 or bf16. With fp16, whose small values are multiples of 2^-24, exp(-2/T) 2^15 has to be 2^-4 at least
+# for the digits of fp32, 2^-13 for those of fp16.
+FIXED_SHIFT_FROM = {"sums": 0.025, "highest": 0.16, "high": 0.11, "medium": 0.025}
+
 
 class Partial(NamedTuple):
     """What the programs of a pass left behind, one part per share of the columns."""
@@ -156,7 +161,8 @@ def sweep(
     scale = LOG2E / temperature
     # Exponentials of the first pass with a gradient are operands before they are normalised.
     in_operands = gradient and not second
-    bounded = temperature >= FIXED_SHIFT_FROM[dtype if in_operands else torch.float32]
+    precision = "highest" if split else "medium" if dtype == torch.bfloat16 else "high"
+    bounded = temperature >= FIXED_SHIFT_FROM[precision if in_operands else "sums"]
     offset = OFFSET[dtype][1 if second else 0] if gradient else 0.0
 
     block_c = padded_features(features)

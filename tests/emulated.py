@@ -56,7 +56,7 @@ class Sweep(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm", "pos")),
         *((name, ctypes.c_void_p) for name in ("sums", "totals", "shifts", "cosines", "ranks")),
         *((name, ctypes.c_int64) for name in ("n", "slots", "features", "shares", "steps")),
-        *((name, ctypes.c_float) for name in ("scale", "fixed_shift", "offset")),
+        *((name, ctypes.c_float) for name in ("scale", "fixed_shift", "offset", "least")),
         ("online", ctypes.c_bool),
     ]
 

@@ -149,6 +149,15 @@ def test_masked_prototypes_of_the_kernels(isa, which):
     assert all(relative(*pair) < 1e-5 for pair in zip(fused(*inputs), want, strict=True))
 
 
+@pytest.mark.parametrize("which", [slice(0, 96), slice(100, None), slice(3, 4)], ids=str)
+def test_masked_prototypes(backend, which):
+    """Of Triton's kernels whole tiles, the first of a share among them."""
+    center = torch.zeros(300)
+    center[which] = torch.inf
+    inputs, want = masked(center)
+    assert all(relative(*pair) < 1e-5 for pair in zip(fused(*inputs), want, strict=True))
+
+
 @pytest.mark.parametrize("rows", [1, 31, 32, 70])
 def test_rows_that_fill_up_a_panel_reach_no_gradient(isa, rows):
     """Their scores are 0 * inf, of a teacher's prototype that has no weight for the others."""

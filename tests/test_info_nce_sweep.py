@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import emulated
 import pytest
 import torch
-from test_info_nce import SCALE, make, official, relative
+from test_info_nce import SCALE, far_from, make, official, relative
 from torch.nn import functional as F
 
 import moco_fast
@@ -21,14 +21,14 @@ DTYPES = {"high": torch.float16, "medium": torch.bfloat16}
 OFFSET = {torch.float16: 15.0, torch.bfloat16: 0.0}
 
 
-def sweep(q, k, queue, temperature, shares, steps, stats=True, online=False, **options):
+def sweep(q, k, queue, temperature, shares, steps, stats=True, online=False, least=0.0, **options):
     """What the kernel writes, into NaN: |q|, |k|, pos; sums, totals, shifts, cosines, ranks."""
     n = len(q)
     pairs = torch.full((3, n), math.nan).unbind()
     found = [torch.full((shares, n, q.shape[1]), math.nan), *torch.full((3, shares, n), math.nan).unbind()]
     found.append(torch.full((shares, n), -1, dtype=torch.int32))
     scale, offset = 1 / (math.log(2) * temperature), OFFSET[queue.dtype]
-    numbers = scale, scale - offset, offset
+    numbers = scale, scale - offset, offset, least
     wanted = found if stats else found[:3]
     emulated.info_nce_sweep(q, k, queue, pairs, wanted, steps, numbers, online, **options)
     return *pairs, *found
@@ -153,7 +153,7 @@ def op(request, monkeypatch):
 
 
 # Around the temperatures at which the fixed shift ends.
-@pytest.mark.parametrize("temperature", [0.2, 0.05, 0.0499, 0.025, 0.0249, 0.01])
+@pytest.mark.parametrize("temperature", [0.2, 0.06, 0.0599, 0.025, 0.0249, 0.01])
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("shape", [(37, 300, 128), (70, 1030, 104)], ids=str)
 def test_precisions(op, shape, precision, temperature):
@@ -210,6 +210,31 @@ def test_long_rows_of_the_queue_take_the_running_maximum(op):
     want, want_dq, _ = official(q, k, queue, 0.07)
     rows, dq, *_ = op(q, k, queue, 0.07)
     assert torch.allclose(rows.double(), want, rtol=2e-3) and relative(dq, want_dq) < 2e-2
+
+
+@pytest.mark.parametrize("shape", [(5, 260), (70, 1030)], ids=str)
+def test_queries_far_from_all_of_the_queue_take_the_running_maximum(op, shape):
+    """With the fixed shift fp16 has few digits for their exponentials."""
+    q, k, queue = far_from(-0.6, *shape, 128)
+    queue = queue.half()
+    want, want_dq, _ = official(q, k, queue, 0.07)
+    rows, dq, *_ = op(q, k, queue, 0.07)
+    eps = torch.finfo(torch.half).eps
+    assert ((rows - want).abs() <= eps / 0.07).all() and relative(dq, want_dq) <= eps
+
+
+@pytest.mark.parametrize(
+    ("n", "slots", "shares", "steps"), [(20, 1000, 2, 4), (70, 1000, 2, 4), (130, 140, 1, 2)]
+)
+def test_which_sums_are_too_small(n, slots, shares, steps):
+    """Those whose exponentials are on average below the least, over the rows that a group has walked."""
+    q, k, queue = make(n, slots, 128, queue_dtype=torch.float16)
+    exponentials = torch.exp2((F.normalize(q) @ queue.float().t() - 1) / (math.log(2) * 0.2) + 15)
+    least = exponentials.view(n, -1).mean(1).amin().item()
+    fixed = 1 / (math.log(2) * 0.2) - 15
+    for factor, kept in ((0.1, True), (10, False)):
+        *_, shifts, _, _ = sweep(q, k, queue, 0.2, shares, steps, least=factor * least)
+        assert (shifts == fixed).all() == kept
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -52,7 +52,7 @@ def info_nce_sweep(
     pairs: Sequence[Tensor],  # |q|, |k| and their cosine, (N,)
     found: Sequence[Tensor],  # sums (SHARES, N, C), totals, shifts, and if wanted cosines, ranks (SHARES, N)
     steps: int,  # tiles per share
-    numbers: tuple[float, float, float],  # scale, fixed shift, offset
+    numbers: tuple[float, float, float, float],  # scale, fixed shift, offset, least mean of its exponentials
     online: bool,
 ) -> None:
     """Queue the kernel of csrc/info_nce_sweep.h, which writes ``pairs`` and ``found``."""
