@@ -20,7 +20,7 @@ import moco_fast
 from bench import cuda, measure
 from bench import info_nce_peers as other
 from bench.bench_nt_xent import ways
-from bench.case import OFFICIAL, REFERENCE, Case, Peer, bind, relative, serving
+from bench.case import BY_HAND, OFFICIAL, REFERENCE, Case, Peer, bind, relative, serving
 from bench.compiling import compile_later, forget
 from moco_fast import reference
 
@@ -31,7 +31,7 @@ SIZES = {  # kind, N, C
     "cuda": [(V3, 256, 256), (V3, 4096, 256), (END_TO_END, 4096, 128)],
 }
 QUICK = [(V3, 8, 32), (END_TO_END, 8, 32)]
-PEERS = [REFERENCE, other.COMPILED, OFFICIAL]
+PEERS = [REFERENCE, other.COMPILED, BY_HAND, OFFICIAL]
 CPU = torch.device("cpu")
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of q and k (D, N, C)
@@ -87,6 +87,22 @@ def with_gradients(loss_of: Loss) -> Run:
         return loss.detach(), *torch.autograd.grad(loss, [x for x in (q, k) if x.requires_grad])
 
     return run
+
+
+@torch.no_grad()
+def by_hand(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """One buffer of logits, which becomes their gradient in place; two or three products."""
+    q_norm, k_norm = (x.norm(dim=2, keepdim=True).clamp_min_(1e-12) for x in (q, k))
+    q_hat, k_hat = q / q_norm, k / k_norm
+    p = torch.bmm(q_hat, k_hat.mT).div_(TEMPERATURE).softmax(dim=2)
+    own = p.diagonal(dim1=1, dim2=2)
+    loss = -2 * TEMPERATURE / q.shape[1] * own.log().sum()
+    own.sub_(1)
+    p.mul_(2 / q.shape[1])
+    dq = other.through_norm(torch.bmm(p, k_hat), q_hat, q_norm)
+    if not k.requires_grad:
+        return loss, dq
+    return loss, dq, other.through_norm(torch.bmm(p.mT, q_hat), k_hat, k_norm)
 
 
 @torch.no_grad()
@@ -157,6 +173,7 @@ def case(size: tuple[str, int, int], device: torch.device = CPU) -> Case:
     peers = ways(backends, ours, peer)
     forget()
     peers[other.COMPILED] = peer(with_gradients(compiled()))
+    peers[BY_HAND] = peer(by_hand)
     if device.type == "cuda":
         peers |= {name: peer(run, **options) for name, (run, options) in on_gpu(frozen).items()}
     peers[OFFICIAL] = peer(with_gradients(official))

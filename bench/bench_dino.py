@@ -19,8 +19,9 @@ from torch.nn import functional as F
 import moco_fast
 from bench import cuda, measure
 from bench.bench_nt_xent import COMPILED, ways
-from bench.case import OFFICIAL, REFERENCE, Case, Peer, bind, relative, serving
+from bench.case import BY_HAND, OFFICIAL, REFERENCE, Case, Peer, bind, relative, serving
 from bench.compiling import compile_later, forget
+from bench.info_nce_peers import through_norm
 
 STUDENT, TEACHER = 0.1, 0.04  # temperatures
 SIZES = {  # N, P, C
@@ -28,7 +29,7 @@ SIZES = {  # N, P, C
     "cuda": [(64, 65536, 256), (512, 65536, 256), (2048, 65536, 256)],
 }
 QUICK = [(8, 512, 32)]
-PEERS = [REFERENCE, COMPILED, OFFICIAL]
+PEERS = [REFERENCE, COMPILED, BY_HAND, OFFICIAL]
 CPU = torch.device("cpu")
 
 Loss = Callable[..., Tensor]  # of student, teacher (N, C), prototypes, teacher's (P, C) and center (P,)
@@ -57,6 +58,21 @@ def with_gradients(loss_of: Loss) -> Run:
         return loss.detach(), *torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])
 
     return run
+
+
+@torch.no_grad()
+def by_hand(
+    student: Tensor, teacher: Tensor, prototypes: Tensor, teacher_prototypes: Tensor, center: Tensor
+) -> tuple[Tensor, ...]:
+    """The student's logits become their gradient in place; four products."""
+    norm = student.norm(dim=1, keepdim=True).clamp_min_(1e-12)
+    s_hat, t_hat = student / norm, F.normalize(teacher, dim=1)
+    wanted = torch.mm(t_hat / TEACHER, teacher_prototypes.t()).sub_(center / TEACHER).softmax(dim=1)
+    logits = torch.mm(s_hat / STUDENT, prototypes.t())
+    log_sum = logits.logsumexp(dim=1, keepdim=True)
+    loss = (log_sum.squeeze(1) - (wanted * logits).sum(dim=1)).mean()
+    gradient = logits.sub_(log_sum).exp_().sub_(wanted).div_(len(student) * STUDENT)
+    return loss, through_norm(torch.mm(gradient, prototypes), s_hat, norm), torch.mm(gradient.t(), s_hat)
 
 
 def ours(backend: str, precision: str) -> Run:
@@ -109,6 +125,7 @@ def case(size: tuple[int, int, int], device: torch.device = CPU) -> Case:
     peers = ways(backends, ours, peer)
     forget()
     peers[COMPILED] = peer(with_gradients(compiled(official)))
+    peers[BY_HAND] = peer(by_hand)
     if device.type == "cuda":
         peers |= {name: peer(run, **options) for name, (run, options) in on_gpu().items()}
     peers[OFFICIAL] = peer(with_gradients(official))

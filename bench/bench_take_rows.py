@@ -19,7 +19,8 @@ from bench.case import NATIVE, OFFICIAL, OURS, REFERENCE, Case, Peer, bind, serv
 # N, C, H = W, dtype
 SIZES = [(256, 3, 224, torch.uint8), (128, 1, 28, torch.float32)]
 QUICK = [(8, 3, 9, torch.uint8)]
-PEERS = [NATIVE, REFERENCE, OFFICIAL]
+SELECT = "torch.index_select"
+PEERS = [NATIVE, REFERENCE, SELECT, OFFICIAL]
 CPU = torch.device("cpu")
 
 Run = Callable[[Tensor, Tensor], Tensor]  # x (N, C, H, W), index (N,)
@@ -35,6 +36,10 @@ def ours(backend: str) -> Run:
 
 def official(x: Tensor, index: Tensor) -> Tensor:
     return x[index]
+
+
+def select(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
 
 
 @cache
@@ -53,7 +58,7 @@ def case(size: tuple[int, int, int, torch.dtype], device: torch.device = CPU) ->
 
     backends, absent = serving("take_rows", (x, index))
     peers = {name: peer(run) for name, run in {f"{OURS} {b}": ours(b) for b in backends}.items()}
-    peers[OFFICIAL] = peer(official)
+    peers |= {SELECT: peer(select), OFFICIAL: peer(official)}
     label = f"N={n}, {channels}x{side}x{side} {str(dtype).removeprefix('torch.')}"
     return Case("take_rows", label, peers, 0.0, 2.0 * x.numel() * x.element_size(), absent)
 

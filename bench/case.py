@@ -18,6 +18,7 @@ from moco_fast import backends
 
 OURS = "moco_fast"  # the names of our own peers begin with it
 NATIVE, REFERENCE, OFFICIAL = f"{OURS} native", f"{OURS} reference", "official formula"
+BY_HAND = "by hand, no autograd"  # eager PyTorch with the gradient written out
 PAIRS = "3 x fp16"  # product of operands that come as pairs of fp16: three in place of one
 
 

@@ -37,7 +37,8 @@ class EagerMoCo(nn.Module):
             k = F.normalize(self.encoder_k(im_k), dim=1)
         positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
         negative = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
-        logits = torch.cat([positive, negative], dim=1) / self.T
+        logits = torch.cat([positive, negative], dim=1)
+        logits /= self.T
         labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
         self.enqueue_(k)
         return logits, labels
@@ -50,9 +51,11 @@ class EagerMoCo(nn.Module):
     def enqueue_(self, keys: Tensor) -> None:
         """Reads the pointer back, as the official class does; unlike it, wraps at any batch size."""
         start = int(self.queue_ptr)
-        slots = (start + torch.arange(keys.shape[0], device=keys.device)) % self.K
-        self.queue[:, slots] = keys.t().to(self.queue.dtype)
-        self.queue_ptr[0] = (start + keys.shape[0]) % self.K
+        before_the_end = keys[: self.K - start]
+        self.queue[:, start : start + len(before_the_end)] = before_the_end.t()
+        if rest := len(keys) - len(before_the_end):
+            self.queue[:, :rest] = keys[-rest:].t()
+        self.queue_ptr[0] = (start + len(keys)) % self.K
 
 
 class EagerDistributedMoCo(EagerMoCo):
@@ -73,7 +76,8 @@ class EagerDistributedMoCo(EagerMoCo):
             k = gathered(shuffled)[order.argsort()[own]]
         positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
         negative = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
-        logits = torch.cat([positive, negative], dim=1) / self.T
+        logits = torch.cat([positive, negative], dim=1)
+        logits /= self.T
         labels = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
         self.enqueue_(gathered(k))
         return logits, labels

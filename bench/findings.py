@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,16 @@ from bench.roofline import Roofline
 NOTES = (
     "Peers take turns, one call each per round, and every call starts from a cold cache.",
     "The share of the roofline counts the operations and bytes of the formula, against the copy bandwidth "
-    "and the torch.mm rate of the same run; an op that writes less than it reads can pass 100 %.",
+    "and the torch.mm rate of the same run. Neither is a peak: an op that writes less than it reads, or one "
+    "whose products are of better shapes than torch.mm's, can pass 100 %.",
     "vs official: how many times faster than the official formula; of fastest: times the fastest median.",
     "Errors are relative, against float64.",
 )
-CPU_NOTES = ("Extra memory is the growth of the peak resident size over a warm call in a fresh process.",)
+CPU_NOTES = (
+    "Extra memory is the growth of the peak resident size over a warm call, in a process that times nothing.",
+    "moco_fast native writes results of 4 MB and more into huge pages, which other ways get only with "
+    "PyTorch's THP_MEM_ALLOC_ENABLE=1.",
+)
 GPU_NOTES = (
     "Extra memory is what a warm call allocates at its peak beyond what was allocated before it.",
     "A call is launched on an idle GPU, and the launches count; graph is the same call replayed from a CUDA "
@@ -68,6 +74,19 @@ class Findings:
         }
 
 
+def _absent(results: Sequence[dict]) -> dict[tuple[str, str], str]:
+    """Where a way was not measured, by its name and the reason: whole ops, or the sizes of one."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for result in results:
+        for lack in result["absent"].items():
+            found.setdefault(lack, {}).setdefault(result["op"], []).append(result["label"])
+    sizes = Counter(result["op"] for result in results)
+    return {
+        lack: ", ".join(op if len(at) == sizes[op] else f"{op} {'; '.join(at)}" for op, at in ops.items())
+        for lack, ops in found.items()
+    }
+
+
 def notes(findings: Findings, finished: bool) -> list[str]:
     """What a reader has to know: how it was measured, what was not, and what made it worse."""
     about, results = findings.about, findings.results
@@ -78,8 +97,9 @@ def notes(findings: Findings, finished: bool) -> list[str]:
             "clock; every figure of a graph holds as much."
         )
     lines += [f"FAILED: {one['op']}, {one['label']}: {one['why']}." for one in findings.failed]
-    absent = {(result["op"], name, why): None for result in results for name, why in result["absent"].items()}
-    lines += [f"Not measured for {op}: {name} ({why})." for op, name, why in absent]
+    lines += [
+        f"Not measured: {name} ({why}), for {where}." for (name, why), where in _absent(results).items()
+    ]
     uncaptured = {
         (result["op"], peer["name"], peer["no_graph"]): None
         for result in results

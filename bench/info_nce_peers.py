@@ -121,7 +121,7 @@ def blocked(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def through_norm(dq_hat: Tensor, q_hat: Tensor, norm: Tensor) -> Tensor:
-    return (dq_hat - q_hat * (q_hat * dq_hat).sum(dim=1, keepdim=True)) / norm
+    return (dq_hat - q_hat * (q_hat * dq_hat).sum(dim=-1, keepdim=True)) / norm
 
 
 def attention(attend: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> Run:

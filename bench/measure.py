@@ -93,7 +93,7 @@ def interleave(
 
     Args:
         timers: by name.
-        seconds: how long to go on starting rounds.
+        seconds: how long to keep starting rounds.
         progress: told the fraction done after each round.
 
     Returns:

@@ -36,8 +36,7 @@ from moco_fast.models.backbones import SMALL_RESNET, backbone
 
 BARE, FUSED, DROP_IN, EAGER = "bare encoders", f"{OURS} .loss", f"{OURS} logits", "official semantics"
 FUSED_STEP = f"{OURS} .loss, EMA in SGD"
-# The last needs an optimizer that moves the key encoder in its step.
-WAYS = [BARE, FUSED, *([FUSED_STEP] if hasattr(moco_fast.MoCo, "move_ema_into_step") else []), DROP_IN, EAGER]
+WAYS = [BARE, FUSED, FUSED_STEP, DROP_IN, EAGER]
 SGD = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 BREAKDOWN_STEPS = 5
 GPU_STEPS = 3  # between two events: the host runs ahead, as in training

@@ -72,7 +72,7 @@ def load(path: Path) -> dict:
                 candidate["tiles"] = _tupled(candidate["tiles"])
             _check(entry)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no report of bench.tune: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a report of bench.tune: {type(error).__name__}: {error}") from error
     except ValueError as error:  # of JSON, too
         raise ValueError(f"{path}: {error}") from error
     return report
@@ -91,7 +91,7 @@ def _check(entry: dict) -> None:
         raise ValueError(f"{op} has no class {literal(key)}; it has {', '.join(map(literal, candidates))}")
     for timed in entry["timed"]:
         if timed["tiles"] not in candidates[key]:
-            raise ValueError(f"{literal(timed['tiles'])} is no candidate of {op} {literal(key)}")
+            raise ValueError(f"{literal(timed['tiles'])} is not a candidate of {op} {literal(key)}")
         if not timed["p50_ms"] > 0:
             raise ValueError(f"{op} {literal(key)} {literal(timed['tiles'])} took {timed['p50_ms']} ms")
 

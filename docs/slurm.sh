@@ -14,7 +14,7 @@
 #   sbatch --job-name v2 docs/slurm.sh --preset moco-v2 --data imagenet/ --batch-size 1024
 #
 # Two minutes before the time is up every process gets SIGTERM, saves after the same step and ends. Submitted again,
-# the job goes on from there; submitted several times with "sbatch --dependency=singleton", one after another.
+# the job continues from there; submitted several times with "sbatch --dependency=singleton", one after another.
 
 OUT=runs/$SLURM_JOB_NAME
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -22,7 +22,7 @@ def whole(path: Path, *, sync: bool = False, aside: Path | None = None) -> Itera
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         parent = next(parent for parent in path.parents if parent.exists())
-        raise NotADirectoryError(f"{path} cannot be written: {parent} is no folder") from error
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is not a folder") from error
     aside = aside or path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside

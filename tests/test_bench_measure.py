@@ -221,7 +221,7 @@ def test_notes_name_what_is_missing():
     found.empty_graph_us = 1.96
     text = " ".join(notes(found, finished=True))
     assert "replayed from a CUDA graph" in text and "busy when the run began (load 3.0" in text
-    assert "Not measured for info_nce: torch.compile (no compiler)" in text and "Smoke run" not in text
+    assert "Not measured: torch.compile (no compiler), for info_nce." in text and "Smoke run" not in text
     assert f"Not in a CUDA graph, info_nce: {OFFICIAL} (it waits)." in text
     assert "one kernel that does nothing takes 2.0 us" in text and "cases are missing" not in text
     assert notes(found, finished=False)[-1].endswith("cases are missing.")

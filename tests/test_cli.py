@@ -33,7 +33,7 @@ def test_pretrain_then_knn_then_resume(tmp_path, capsys):
 
     assert main(["knn", folder, "--bank", "200"]) == 0
     out = capsys.readouterr().out
-    assert "200 images vote, 360 are asked" in out
+    assert "200 images vote, 360 are queries" in out
     rows = dict(re.findall(r"│ (raw pixels|random init|trained) +│ +([\d.]+)%", out))
     want = checkpoint.read(folder)["moco_fast"]["accuracy"]
     assert {name: float(value) for name, value in rows.items()} == {
@@ -43,7 +43,7 @@ def test_pretrain_then_knn_then_resume(tmp_path, capsys):
     assert main(["pretrain", "--resume", folder, "--dim", "8"]) == 1
     err = capsys.readouterr().err
     assert (
-        "dim=8, was 16: a run goes on with the model that it has trained" in err and "queue is (16, " in err
+        "dim=8, was 16: a run continues with the model that it has trained" in err and "queue is (16, " in err
     )
 
     assert main(["pretrain", "--resume", folder, "--epochs", "2"]) == 0

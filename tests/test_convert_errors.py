@@ -56,7 +56,7 @@ def test_what_old_checkpoints_need(tmp_path):
     content = official("vit") | {"hyper_parameters": argparse.Namespace(lr=0.1)}
     message = refused(tmp_path, content)
     assert "it needs argparse.Namespace. If you trust whoever made it, moco-fast convert" in message
-    assert "--trust True loads it all the same, runs what it asks for" in message
+    assert "--trust loads it all the same, runs what it asks for" in message
     convert(tmp_path / "in.pth", tmp_path / "out.pth", "official", trust=True)
     assert equal(torch.load(tmp_path / "out.pth", weights_only=True), official("vit"))
 
@@ -245,7 +245,7 @@ def test_full_disk(tmp_path, to):
 def test_an_existing_file_is_kept(tmp_path):
     torch.save(official("vit"), tmp_path / "a.pth")
     (tmp_path / "b.pth").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"b.pth exists: choose another name, or --force True"):
+    with pytest.raises(FileExistsError, match=r"b.pth exists: choose another name, or --force"):
         convert(tmp_path / "a.pth", tmp_path / "b.pth", "official")
     with pytest.raises(FileExistsError, match=r"out must be a file, .* is a folder"):
         convert(tmp_path / "a.pth", tmp_path, "official", force=True)
@@ -262,7 +262,7 @@ def test_links(tmp_path):
     torch.save(official("vit"), tmp_path / "a.pth")
     link, target = tmp_path / "link.pth", tmp_path / "elsewhere" / "target.pth"
     link.symlink_to(target)
-    with pytest.raises(FileExistsError, match=r"link.pth exists: choose another name, or --force True"):
+    with pytest.raises(FileExistsError, match=r"link.pth exists: choose another name, or --force"):
         convert(tmp_path / "a.pth", link, "official")
     for _ in ("dangling", "of a file"):
         convert(tmp_path / "a.pth", link, "official", force=True)
@@ -275,4 +275,4 @@ def test_out_below_a_file(tmp_path):
     for out in ("a.pth/b.pth", "a.pth/b/c.pth"):
         with pytest.raises(NotADirectoryError) as error:
             convert(tmp_path / "a.pth", tmp_path / out, "official")
-        assert str(error.value) == f"{tmp_path / out} cannot be written: {tmp_path / 'a.pth'} is no folder"
+        assert str(error.value) == f"{tmp_path / out} cannot be written: {tmp_path / 'a.pth'} is not a folder"

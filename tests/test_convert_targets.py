@@ -217,8 +217,8 @@ def test_command(tmp_path, v2, capsys):
     )
     assert "left out: optimizer, projector, encoder q, queue\nread back, equal bit by bit" in printed
     assert main(arguments) == 1
-    assert f"{out} exists: choose another name, or --force True" in capsys.readouterr().err
-    assert main([*arguments, "--force", "True"]) == 0
+    assert f"{out} exists: choose another name, or --force" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -180,7 +180,7 @@ def test_what_a_run_keeps(unbroken, changes, message):
 def test_pretraining_does_not_resume_it(unbroken, tmp_path, capsys):
     folder = unbroken[0]
     assert main(["pretrain", "--resume", str(folder)]) == 1
-    said = f"{folder} is a fine-tuning run: moco-fast finetune --resume {folder} goes on"
+    said = f"{folder} is a fine-tuning run: resume it with moco-fast finetune --resume {folder}"
     assert said in capsys.readouterr().err
     with pytest.raises(checkpoint.CheckpointError, match="is a fine-tuning run"):
         pretrain(PretrainConfig(data="digits"), folder, resume=True, console=Console(quiet=True))
@@ -188,7 +188,7 @@ def test_pretraining_does_not_resume_it(unbroken, tmp_path, capsys):
 
 def test_finetuning_does_not_resume_a_pretrained_run(start, capsys):
     assert main(["finetune", "--resume", str(start)]) == 1
-    assert "is no fine-tuning run" in capsys.readouterr().err
+    assert "is not a fine-tuning run" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_measures_it_again(unbroken):
@@ -330,7 +330,7 @@ def test_what_cannot_be_started(start, unbroken, tmp_path, monkeypatch):
         run(unbroken[0], checkpoint=start)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         run(tmp_path / "run", checkpoint=tmp_path / "nothing")
-    with pytest.raises(checkpoint.CheckpointError, match="is no fine-tuning run"):
+    with pytest.raises(checkpoint.CheckpointError, match="is not a fine-tuning run"):
         run(start.parent, resume=True)
     probe = {"state_dict": {"module.fc.weight": torch.zeros(10, 64), "module.fc.bias": torch.zeros(10)}}
     torch.save(probe | {"epoch": 1, "arch": "small_resnet", "optimizer": {}}, tmp_path / "linear.pth")

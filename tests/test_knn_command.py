@@ -62,7 +62,7 @@ def test_official_file(tmp_path, capsys):
     model = moco_fast.MoCo(backbone("resnet18", width=8), 16, 64)
     path = save(tmp_path / "official.pth.tar", model)
     assert run(["knn", path, "--data", "digits", "--image-size", "32", "--bank", "200"]) == 0
-    assert "360 are asked" in capsys.readouterr().out
+    assert "360 are queries" in capsys.readouterr().out
     assert run(["knn", path]) == 1
     err = capsys.readouterr().err
     assert "data must be given" in err and "does not say what it was trained on" in err
@@ -106,7 +106,7 @@ def test_the_official_test_view_and_others(tmp_path, capsys):
     path = save(tmp_path / "official.pth", model)
     of = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
     knn = ["knn", path, "--k", "1", *of]
-    linear = ["linear", path, "--epochs", "1", "--baselines", "False", *of]
+    linear = ["linear", path, "--epochs", "1", "--no-baselines", *of]
 
     def crop(arguments):
         assert run([*arguments, "--workers", "0"]) == 0
@@ -116,7 +116,7 @@ def test_the_official_test_view_and_others(tmp_path, capsys):
     assert torch.load(tmp_path / "out" / "linear.pth", weights_only=True)["moco_fast"]["crop"] == 0.875
     assert crop([*knn, "--image-size", "32"]) == 1.0
     assert crop([*knn, "--image-size", "32", "--crop", "0.5"]) == 0.5
-    assert crop([*linear, "--image-size", "32", "--augment", "True", "--crop", "0.875"]) == 0.875
+    assert crop([*linear, "--image-size", "32", "--augment", "--crop", "0.875"]) == 0.875
     assert run([*knn, "--crop", "1.5"]) == 1 and "crop must be in (0, 1], got 1.5" in capsys.readouterr().err
 
 

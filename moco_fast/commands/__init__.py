@@ -32,14 +32,14 @@ examples:
   moco-fast pretrain --preset fashion-mnist-long  the same for longer
   moco-fast pretrain --data photos/ --epochs 50   a directory of images; sub-folders are classes
   moco-fast pretrain --method simsiam             another method; "moco-fast presets" lists them
-  moco-fast pretrain --resume runs/NAME           go on where a run stopped
+  moco-fast pretrain --resume runs/NAME           continue where a run stopped
   torchrun --nproc-per-node 8 -m moco_fast.cli pretrain --preset moco-v2 --data imagenet/
                                                   the same on eight GPUs; docs/distributed.md
   moco-fast knn runs/NAME --k 20 200              kNN accuracy of a checkpoint
   moco-fast knn moco_v2_800ep_pretrain.pth.tar --data imagenet/ --k 200
                                                   of an official one; torchrun shares out the images
   moco-fast linear runs/NAME                      accuracy of linear classifiers on frozen features
-  moco-fast linear moco_v2_800ep_pretrain.pth.tar --data imagenet/ --augment True --lr 30
+  moco-fast linear moco_v2_800ep_pretrain.pth.tar --data imagenet/ --augment --lr 30
                                                   by MoCo's own protocol
   moco-fast finetune runs/NAME --labels-fraction 0.1
                                                   train all its weights on a tenth of the labels
@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
             prog="moco-fast",
             description=DESCRIPTION,
             args=argv,
-            config=(tyro.conf.FlagConversionOff,),
+            config=(tyro.conf.AvoidSubcommands,),
         )
         return command.run()
     except (ValueError, TypeError, OSError, ImportError, *RUN_ERRORS) as error:

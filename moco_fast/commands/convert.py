@@ -39,7 +39,7 @@ class Convert:
     arch: str | None = None
     """Backbone, for a file that does not name it rightly."""
     queue_size: int | None = None
-    """K of a fresh queue of random keys, for a file that lost its queue, or to go on with another K."""
+    """K of a fresh queue of random keys, for a file that lost its queue, or to continue with another K."""
     trust: bool = False
     """Also read a file that needs more than tensors, as old ones of Lightning do. This runs whatever code the
     file names, with your rights: only for files of people you trust."""

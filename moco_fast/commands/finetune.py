@@ -29,10 +29,10 @@ class Finetune:
     examples:
       moco-fast finetune runs/NAME                               all labels of the data it was trained on
       moco-fast finetune runs/NAME --labels-fraction 0.01        one label in a hundred
-      moco-fast finetune runs/NAME --from-scratch True           the same without the pretraining
+      moco-fast finetune runs/NAME --from-scratch           the same without the pretraining
       moco-fast finetune vit-s-300ep.pth.tar --data imagenet/ --optimizer adamw --layer-decay 0.65
                          --crop-scale 0.08 1 --label-smoothing 0.1 --epochs 100 --warmup-epochs 5
-      moco-fast finetune --resume runs/finetune-NAME             go on where a run stopped
+      moco-fast finetune --resume runs/finetune-NAME             continue where a run stopped
     """
 
     checkpoint: tyro.conf.Positional[Path | None] = None
@@ -41,7 +41,7 @@ class Finetune:
     out: Path | None = None
     """Run folder; default: runs/finetune-NAME-TIME."""
     resume: Path | None = None
-    """Run folder to go on with, in place of a checkpoint; the other options override its own config. It
+    """Run folder to resume, in place of a checkpoint; the other options override its own config. It
     keeps its optimizer and the number of steps in an epoch: another --batch-size or --labels-fraction is
     refused, other --data too unless it has as many batches."""
 

@@ -93,21 +93,21 @@ class Knn:
         dataset = subject.dataset
         train, test = dataset.train, dataset.test
         assert test is not None and test.labels is not None and train.labels is not None
-        bank, asked = spread(len(train), self.bank), torch.arange(len(test))
+        bank, queries = spread(len(train), self.bank), torch.arange(len(test))
         if max(self.k) > len(bank):
             raise ValueError(f"k must be at most the {len(bank):,} images of the bank, got {max(self.k)}")
         absent = sorted(set(test.labels.tolist()) - set(train.labels[bank].tolist()))
         if absent:
             names = ", ".join(dataset.class_names[label] for label in absent[:5])
-            console.print(f"No image in the bank for {len(absent)} of the classes asked for: {names}")
+            console.print(f"No image in the bank for {len(absent)} of the queries' classes: {names}")
         accuracy: dict[int, dict[str, tuple[float, float]]] = {k: {} for k in self.k}
         for name, network, view in subject.rows(len(bank)):  # those of the trained features come last
             predicted = knn_predict(
                 own_features(network, train, bank, view, CHUNK), train.labels[bank],
-                all_features(network, test, asked, view),
+                all_features(network, test, queries, view),
                 k=self.k, temperature=self.temperature, sharded=True,
             )  # fmt: skip
             for k, classes in predicted.items():
                 accuracy[k][name] = classes.accuracy(test.labels), classes.accuracy(test.labels, 5)
-        note = f"{subject}: {len(bank):,} images vote, {len(test):,} are asked"
+        note = f"{subject}: {len(bank):,} images vote, {len(test):,} are queries"
         return accuracy, predicted[self.k[0]].classes[:, 0], note

@@ -30,7 +30,7 @@ class Linear:
 
     By default features are extracted once and five learning rates are tried side by side; of them the one
     that does best on a held-out tenth of the training images counts. MoCo's own protocol, crops
-    and test view included, is --augment True --lr 30 on a directory's images at 224 pixels.
+    and test view included, is --augment --lr 30 on a directory's images at 224 pixels.
     """
 
     checkpoint: tyro.conf.Positional[Path]

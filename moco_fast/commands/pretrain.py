@@ -40,7 +40,7 @@ class Pretrain:
     out: Path | None = None
     """Run folder; default: runs/NAME-TIME."""
     resume: Path | None = None
-    """Run folder to go on with; the other options override its own config. It keeps its method, model,
+    """Run folder to resume; the other options override its own config. It keeps its method, model,
     optimizer and the number of steps in an epoch: another --batch-size is refused, other --data too unless it
     has as many batches."""
 
@@ -70,9 +70,17 @@ class Pretrain:
 
 
 def defaults(argv: Sequence[str]) -> PretrainConfig:
-    """The config that other options override: that of --resume, of --preset, or of what suits --data."""
+    """The config that other options override, with views of their own for options --augment-second.*."""
     if argv[:1] != ["pretrain"]:
         return PretrainConfig()
+    config = _asked_for(argv)
+    if config.augment_second is None and any(a.startswith("--augment-second.") for a in argv):
+        return replace(config, augment_second=config.augment)
+    return config
+
+
+def _asked_for(argv: Sequence[str]) -> PretrainConfig:
+    """The config of --resume, of --preset, or of what suits --data."""
     if resume := value_of("--resume", argv):
         config = PretrainConfig.from_dict(config_of(checkpoints.read(resume), PretrainConfig, resume))
         check_kept("method", config.method, value_of("--method", argv) or config.method, resume)

@@ -27,7 +27,7 @@ else:  # so that the command line lists them
 
 @dataclass
 class Study:
-    """Answer a question by a sweep of runs, with a table and a figure; goes on where it was stopped.
+    """Answer a question by a sweep of runs, with a table and a figure; continues where it was stopped.
 
     methods compares all methods, dictionary the number of negatives (figure 3 of the MoCo paper), momentum
     that of the key encoder, temperature T, shuffle shuffled with plain batch norm, batch-size MoCo v3's.
@@ -39,7 +39,7 @@ class Study:
     """
 
     name: tyro.conf.Positional[StudyName]
-    """Which."""
+    """The study to run."""
     scale: Literal["small", "full"] = "small"
     """Fashion-MNIST on a CPU, minutes; or ImageNet or CIFAR-10 by published recipes, for GPUs."""
     data: str | None = None
@@ -74,7 +74,7 @@ class Study:
         console.print(f"{study.question} ({study.source}.) {len(points)} settings x {self.seeds}, in {out}")
         sweep = run_sweep(points, range(self.seeds), out, console)
         if sweep.interrupted:
-            console.print(f"Stopped after {len(sweep.rows)} runs. The same command goes on.")
+            console.print(f"Stopped after {len(sweep.rows)} runs. The same command continues.")
             return 128 + sweep.interrupted
         table = markdown(study, sweep.rows)
 

@@ -48,7 +48,7 @@ class Contents:
         queue: (dim, K) float32, of "moco", unless the file lost it.
         queue_ptr: (1,) int64, beside a queue.
         predictor: of "moco-v3", by the index of the layer.
-        training: what official files hold beside the state dict, to go on training from.
+        training: what official files hold beside the state dict, to resume training from.
         dropped: what the file holds and none of the above does.
     """
 

@@ -82,7 +82,7 @@ def convert(
     if out.is_dir():
         raise FileExistsError(f"out must be a file, {out} is a folder")
     if (out.exists() or out.is_symlink()) and not force:
-        raise FileExistsError(f"{out} exists: choose another name, or --force True to replace it")
+        raise FileExistsError(f"{out} exists: choose another name, or --force to replace it")
     if to in targets.WHOLE and encoder is not None:
         raise ValueError(f"encoder must be left out with {to}, which holds both, got {encoder!r}")
     if to in targets.BACKBONES:

@@ -20,7 +20,7 @@ _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 def check_header(path: str | bytes) -> str | None:
-    """Open a file without decoding it; the reason where it is no image."""
+    """Open a file without decoding it; the reason where it is not an image."""
     image_module = extra("PIL.Image")
     try:
         with image_module.open(os.fsdecode(path)):

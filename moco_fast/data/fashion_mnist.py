@@ -84,7 +84,9 @@ def read_idx(
         raise ValueError(f"{path} is a damaged or truncated gzip file ({error})") from error
     start = 4 + 4 * ndim
     if len(data) < start or data[:4] != bytes((0, 0, 8, ndim)):
-        raise ValueError(f"{path} is no idx file of bytes with {ndim} dimensions (starts {data[:4].hex()})")
+        raise ValueError(
+            f"{path} is not an idx file of bytes with {ndim} dimensions (starts {data[:4].hex()})"
+        )
     shape = struct.unpack(f">{ndim}I", data[4:start])
     held, needed = len(data) - start, math.prod(shape)
     if held != needed:

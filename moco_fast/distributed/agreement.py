@@ -54,7 +54,7 @@ def largest(*values: int) -> list[int]:
 
 def check_agreement(
     facts: Mapping[str, object],  # by name; of types whose repr says all
-    problem: Exception | None = None,  # what makes this rank unable to go on
+    problem: Exception | None = None,  # what makes this rank unable to continue
 ) -> None:
     """Raise the same error on every rank unless all were given the same facts, and none has a problem.
 

@@ -79,21 +79,23 @@ class KnnProbe:
     def gallery(self, model: nn.Module, out_png: Path) -> None:
         """Write a picture of test images (or training images, without a test half) and their neighbours."""
         held_out = self.dataset.test is not None
-        asked = self.dataset.test or self.dataset.train
+        queries = self.dataset.test or self.dataset.train
         # Asked from the bank itself, an image would find itself: those are taken out, half of them at most.
-        rows = _one_per_class(asked, GALLERY_QUERIES if held_out else min(GALLERY_QUERIES, len(asked) // 2))
+        rows = _one_per_class(
+            queries, GALLERY_QUERIES if held_out else min(GALLERY_QUERIES, len(queries) // 2)
+        )
         bank = self.bank if held_out else self.bank[~torch.isin(self.bank, rows)]
         count = min(GALLERY_NEIGHBOURS, len(bank))
         near = nearest_neighbours(
-            self._features(model, self.dataset.train, bank), self._features(model, asked, rows), count
+            self._features(model, self.dataset.train, bank), self._features(model, queries, rows), count
         )
         found = bank[near.indices.cpu()]  # (queries, count)
         pictures = self.dataset.train.images.fetch(found.flatten()).images
         labels = self.dataset.train.labels
         plot_neighbours(
-            asked.images.fetch(rows).images,
+            queries.images.fetch(rows).images,
             pictures.unflatten(0, found.shape),
-            None if asked.labels is None else asked.labels[rows],
+            None if queries.labels is None else queries.labels[rows],
             None if labels is None else labels[found],
             self.dataset.class_names,
             out_png,

@@ -1,4 +1,4 @@
-"""Running a study: every point with every seed, each in a folder of its own, going on where it stopped."""
+"""Running a study: every point with every seed, each in a folder of its own, continuing where it stopped."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def read(
             advice = (
                 "No checkpoint needs that: do not load it"
                 if needed[2] == "whose"  # of a module that torch blocks, such as os
-                else f"If you trust whoever made it, moco-fast convert {path} OUT --to official --trust True "
+                else f"If you trust whoever made it, moco-fast convert {path} OUT --to official --trust "
                 "loads it all the same, runs what it asks for, and writes a file that needs none"
             )
             raise CheckpointError(
@@ -110,8 +110,8 @@ def read(
     missing = [key for key in keys if key not in loaded]
     if missing == ["moco_fast"]:
         raise CheckpointError(
-            f"{path} is no checkpoint of this trainer. One of an official script goes on in that script, "
-            "also on moco_fast: python -m moco_fast.compat SCRIPT --resume FILE ..."
+            f"{path} was not written by this trainer. To resume an official checkpoint run the official "
+            "script, also on moco_fast: python -m moco_fast.compat SCRIPT --resume FILE ..."
         )
     if missing:
         raise CheckpointError(

@@ -45,8 +45,8 @@ class PretrainConfig:
     data: str = "fashion-mnist"
     """"fashion-mnist", "digits", "cifar10", "cifar100", or a directory of images."""
     method: MethodName = "moco-v2"
-    """What to train; "moco-fast presets" lists the methods. Those below that are None by default have the
-    method's own value; one that the method does not use is refused."""
+    """What to train; "moco-fast presets" lists the methods. An option below whose default is None is one that
+    the method does not use, and is refused with it."""
     epochs: int = 5
     """Passes over the training images."""
     batch_size: int = 128
@@ -68,11 +68,11 @@ class PretrainConfig:
     momentum: float | None = None
     """m, of the key encoder or the teacher; with moco-v3 and dino at the start, then rising to 1."""
     bank_momentum: float | None = None
-    """Of the memory bank's rows."""
+    """Momentum of the memory bank's rows, in [0, 1]."""
     temperature: float | None = None
-    """T, of the loss."""
+    """Softmax temperature T of the loss, above 0."""
     teacher_temperature: float | None = None
-    """T of the teacher, which sharpens its output."""
+    """Softmax temperature of the teacher, above 0: a low one sharpens its output."""
     bn_splits: int | None = None
     """Batch-norm statistics over this many parts of a shuffled batch, as on that many devices, however many
     processes there are; 1 leaves every process with the statistics of its own images."""
@@ -91,7 +91,7 @@ class PretrainConfig:
     prototypes: int | None = None
     """Classes that teacher and student assign an image to."""
     stop_gradient: bool | None = None
-    """Whether targets are constants. Without it the method collapses, which is what it is for."""
+    """Treat the targets as constants. False makes the method collapse, as a demonstration."""
     freeze_patch: bool | None = None
     """Leave the patch projection of a vision transformer as it was drawn."""
 
@@ -109,11 +109,11 @@ class PretrainConfig:
     milestones: tuple[int, ...] = (120, 160)
     """Epochs at which the step schedule divides by ten."""
     warmup_epochs: float = 0.2
-    """Linear warm-up."""
+    """Epochs over which the learning rate rises linearly from 0."""
     sgd_momentum: float = 0.9
     """Momentum of SGD and of LARS."""
     weight_decay: float = 5e-4
-    """L2 penalty on every parameter; with LARS not on biases and norms; with AdamW decoupled."""
+    """L2 penalty on every parameter; with LARS not on biases and norm layers; with AdamW decoupled."""
     bf16: bool = False
     """Run the encoders under bf16 autocast."""
     compile: bool = False
@@ -122,7 +122,7 @@ class PretrainConfig:
     augment: AugmentConfig = field(default=_VIEWS)
     """The random views."""
     augment_second: AugmentConfig | None = None
-    """Those of the second view, where they differ."""
+    """Those of the second view, where they differ: any option --augment-second.* makes them differ."""
     canvas: float = 2.0
     """Side of the squares that a directory's images are reduced to, over the side of a view."""
 

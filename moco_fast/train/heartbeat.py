@@ -43,7 +43,7 @@ class Heartbeat:
         ]
 
     def start(self) -> None:
-        """Write the first beat and go on."""
+        """Write the first beat and start the thread."""
         self._store.set(_beat(self._rank), "0")
         if self._rank == 0:
             self._store.set(_SILENT, "")

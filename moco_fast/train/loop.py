@@ -299,7 +299,7 @@ def _model(
     elif world_size() > 1 and row.undivided and sees_neighbours(model.encoder):
         console.print(
             f"Batch norm takes statistics per process, and {config.method} shuffles no images: views that "
-            "share them can be told by them. --sync-bn True takes statistics over all processes.",
+            "share them can be told by them. --sync-bn takes statistics over all processes.",
             soft_wrap=True,
         )
     return model

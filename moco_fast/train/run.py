@@ -1,4 +1,4 @@
-"""A run folder: whose it is, and what going on with it takes. Shared by pretraining and fine-tuning.
+"""A run folder: whose it is, and what resuming it takes. Shared by pretraining and fine-tuning.
 
 ``config.json`` tells under "begun" what the run was asked for and which launch of torchrun asked. torchrun
 starts again whatever failed, also what had refused a folder of somebody else: by these two a process that was
@@ -49,7 +49,7 @@ class Run(Generic[C]):
     Attributes:
         folder: the path.
         config: what to train with.
-        saved: the checkpoint to go on from, or None.
+        saved: the checkpoint to resume from, or None.
         asked: what the run was begun with, changed by what resuming it has overridden.
     """
 
@@ -73,14 +73,14 @@ class Run(Generic[C]):
         changed = differences(config.to_dict(), config_of(self.saved, type(config), self.folder), COUNTED)
         raise CheckpointError(
             f"{changed or 'other images'}: an epoch would have {steps_per_epoch} steps, and the run in "
-            f"{self.folder} has done {self.saved['moco_fast']['step']} of epochs of {before}. It goes on "
+            f"{self.folder} has done {self.saved['moco_fast']['step']} of epochs of {before}. It continues "
             "with epochs as they were: leave this option out or start a new run"
         )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, views: torch.Generator) -> int:
         """Load the weights, the optimizer and all random states of the checkpoint; returns its step.
 
-        Views that were drawn on a GPU go on with other numbers on a CPU, and the other way round.
+        Views that were drawn on a GPU continue with other numbers on a CPU, and the other way round.
 
         Raises:
             CheckpointError: weights that do not fit; says which options differ, before anything is changed.
@@ -94,7 +94,7 @@ class Run(Generic[C]):
             if not (changed := differences(self.config.to_dict(), trained, SHAPING)):
                 raise
             raise CheckpointError(
-                f"{changed}: a run goes on with the model that it has trained, leave this option out or "
+                f"{changed}: a run continues with the model that it has trained; leave this option out or "
                 f"start a new run ({error})"
             ) from error
         tuned = [{name: group[name] for name in TUNED if name in group} for group in optimizer.param_groups]
@@ -147,7 +147,7 @@ def resume_or_begin(resume: Path | None, out: Path | None) -> Resume:
         ValueError: both, or neither where torchrun may restart the run.
     """
     if resume and out:
-        raise ValueError(f"out must be left out with --resume, which goes on in its own folder; got {out}")
+        raise ValueError(f"out must be left out with --resume, which continues in its own folder; got {out}")
     if may_restart() and not (resume or out):
         raise ValueError(
             "out must be given where torchrun may restart a run, so that it finds its checkpoint"
@@ -156,21 +156,21 @@ def resume_or_begin(resume: Path | None, out: Path | None) -> Resume:
 
 
 def open_run(config: C, out: Path, resume: Resume, **arguments: str | None) -> Run[C]:
-    """Settle whether a run begins or goes on, and with which config. Writes nothing.
+    """Settle whether a run begins or is resumed, and with which config. Writes nothing.
 
     Args:
-        config: as asked for. A run that goes on without having been told to, with "auto" or "restart", takes
-            the config of its checkpoint, which is what it made of the one asked for.
+        config: as asked for. A run that is resumed by "auto" or "restart" takes the config of its checkpoint,
+            which is what it made of the one asked for.
         out: run folder.
-        resume: False: begin, in a folder that is empty or not there. True: go on. "auto": go on if there is
-            a checkpoint of a run that was asked for the same, begin if there is none. "restart": go on with
+        resume: False: begin, in a folder that is empty or not there. True: resume. "auto": resume if there is
+            a checkpoint of a run that was asked for the same, begin if there is none. "restart": resume
             what this launch of torchrun has begun in ``out``, or begin it anew if it left no checkpoint; else
             as False.
         arguments: what else the run was asked for.
 
     Raises:
         FileExistsError: the folder is another run's.
-        CheckpointError: a checkpoint that cannot be gone on from, or not with this config.
+        CheckpointError: a checkpoint that cannot be resumed, or not with this config.
         Disagreement: the processes were given different arguments.
     """
     if not (isinstance(resume, bool) or resume in ("auto", "restart")):
@@ -178,7 +178,7 @@ def open_run(config: C, out: Path, resume: Resume, **arguments: str | None) -> R
     check_agreement({"the config": config.to_dict(), "out": str(out), "resume": resume, **arguments})
     asked = config.to_dict() | arguments
     begun = on_rank_0(lambda: _begun(out))
-    if not on_rank_0(lambda: _goes_on(out, resume, begun, asked)):
+    if not on_rank_0(lambda: _resumes(out, resume, begun, asked)):
         return Run(out, config, None, asked)
     saved = checkpoints.read(out)
     trained = config_of(saved, type(config), out)
@@ -204,15 +204,19 @@ def config_of(
     own = saved["moco_fast"]
     if kind is FinetuneConfig:
         if "finetune" not in own:
-            raise CheckpointError(f"{where} is no fine-tuning run: to start one from it leave --resume out")
+            raise CheckpointError(
+                f"{where} is not a fine-tuning run: to start one from it leave --resume out"
+            )
         return own["finetune"]
     if "finetune" in own:
-        raise CheckpointError(f"{where} is a fine-tuning run: moco-fast finetune --resume {where} goes on")
+        raise CheckpointError(
+            f"{where} is a fine-tuning run: resume it with moco-fast finetune --resume {where}"
+        )
     return own["config"]
 
 
 def check_kept(name: str, trained: object, now: object, where: object) -> None:
-    """Raise CheckpointError if a run shall go on with another method or optimizer."""
+    """Raise CheckpointError if a run is to be resumed with another method or optimizer."""
     if trained != now:
         raise CheckpointError(f"{name} must be that of the checkpoint in {where}, {trained!r}, got {now!r}")
 
@@ -246,8 +250,8 @@ def _begun(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def _goes_on(out: Path, resume: Resume, begun: dict[str, Any] | None, asked: dict[str, Any]) -> bool:
-    """Whether there is a checkpoint to go on from; raises FileExistsError if the folder is another run's."""
+def _resumes(out: Path, resume: Resume, begun: dict[str, Any] | None, asked: dict[str, Any]) -> bool:
+    """Whether there is a checkpoint to resume from; raises FileExistsError if the folder is another run's."""
     if resume is True:
         return True
     changed = differences(asked, begun["asked"]) if begun else ""

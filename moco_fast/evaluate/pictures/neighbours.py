@@ -24,7 +24,7 @@ def plot_neighbours(
     """Draw every query beside its nearest neighbours: green frames for its own class, red for others.
 
     Args:
-        queries: images that were asked for.
+        queries: the images whose neighbours they are.
         neighbours: what the features find nearest to each.
         query_labels: classes of the queries; None draws no frames.
         neighbour_labels: classes of the neighbours; None draws no frames.
