@@ -24,6 +24,7 @@ format: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m bench --readme README.md $(ARGS)
+	$(BIN)/python -m bench.step --readme README.md $(ARGS)
 
 # Build, benchmark, GPU tests and compute-sanitizer, on a machine with a GPU; without one it says so and exits 2.
 gpu-check: $(VENV)/test.stamp

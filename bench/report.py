@@ -38,10 +38,14 @@ def headline(report: dict) -> str:
         f"{rate:.0f} TFLOP/s {name}" if rate >= 10 else f"{rate * 1e3:.0f} GFLOP/s {name}"
         for name, rate in roof["tflop_per_s"].items()
     )
+    rates = f"copy {roof['copy_gb_per_s']:.1f} GB/s, torch.mm {rates}"
+    return f"{device['processor']}; {rates}; {versions(device)}"
+
+
+def versions(device: dict) -> str:
+    """With what and when, in one line."""
     commit = f" ({device['commit']})" if device["commit"] else ""
     return (
-        f"{device['processor']}; "
-        f"copy {roof['copy_gb_per_s']:.1f} GB/s, torch.mm {rates}; "
         f"moco_fast {device['moco_fast']}{commit}, torch {device['torch']}, Python {device['python']}; "
         f"{device['date'][:10]}"
     )

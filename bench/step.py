@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich import box
@@ -219,6 +220,15 @@ def table(result: dict) -> Table:
     return shown
 
 
+def markdown(figures: dict) -> str:
+    """What belongs between the markers of a document: a table per config."""
+    device = figures["device"]
+    parts = [f"{device['processor']}; {report.versions(device)}; stages in ms."]
+    for result in figures["configs"]:
+        parts += [f"{result['label']}:", report.markdown_table(table(result))]
+    return "\n\n".join(parts)
+
+
 def chosen(names: list[str] | None, quick: bool, where: torch.device) -> list[Config]:
     """The configs of a device, or those of these names.
 
@@ -237,6 +247,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to measure")
     parser.add_argument("--configs", nargs="+", metavar="NAME", help="only these, as resnet50-256-bf16")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="where to replace the tables between markers"
+    )
     report.add_options(parser)
     options = parser.parse_args(arguments)
     console = Console()
@@ -246,6 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         where = device.pick(options.device)
         configs = chosen(options.configs, options.quick, where)
+        if options.readme:  # before minutes of measuring, not after
+            report.check_section(options.readme, "step")
         about = device.describe(measure.use_threads(), where)
         base = report.folder(options) / f"{about['name']}-step"
         figures = {"device": about, "quick": options.quick, "configs": [], "failed": []}
@@ -270,6 +285,9 @@ def main(arguments: list[str] | None = None) -> None:
     if figures["configs"]:
         step_plot.plot(base.with_suffix(".png"), figures)
     console.print(f"wrote {base}.json")
+    if options.readme:
+        report.write_section(options.readme, markdown(figures), "step")
+        console.print(f"updated {options.readme}")
     if figures["failed"]:
         raise SystemExit("\n".join(["python -m bench.step: failed:", *figures["failed"]]))
 

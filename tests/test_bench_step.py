@@ -120,3 +120,21 @@ def test_gpu_step(name):
     if name != step.BARE:
         assert all(ms >= 0 for ms in one.breakdown().values())
     assert stages.busy_seconds(one, device) is None or stages.busy_seconds(one, device) > 0
+
+
+def test_the_readme_gets_the_tables(tmp_path, monkeypatch):
+    way = {"name": step.BARE, "p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "tax": 1.25, "images_per_s": 500.0}
+    way |= {"extra_memory_mb": 7.0, "stages_ms": {}, "host_gaps_ms": None}
+    result = {"config": {}, "label": "a small one", "rounds": 7, "ways": [way], "failed": []}
+    monkeypatch.setattr(step, "measure_config", lambda config, where, seconds: dict(result))
+    monkeypatch.setattr(step.step_plot, "plot", lambda path, figures: None)
+    document = tmp_path / "README.md"
+    document.write_text("no markers")
+    arguments = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--readme", str(document)]
+    with pytest.raises(SystemExit, match="readme must hold <!-- step:begin -->"):
+        step.main(arguments)
+    document.write_text("before\n<!-- step:begin -->\nold\n<!-- step:end -->\nafter\n")
+    step.main(arguments)
+    text = document.read_text()
+    assert "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert "a small one:" in text and "| bare encoders | 1 / 2 / 3 ms | 1.250 | 500 | 7 |" in text

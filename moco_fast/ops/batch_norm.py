@@ -25,9 +25,9 @@ def split_batch_norm(
     section 3.3.
 
     Args:
-        x: fp32, bf16, fp16 or float64; contiguous or channels-last, or else a contiguous copy is made.
-        weight: float32 or of the dtype of x; None for ones.
-        bias: the same; None for zeros.
+        x: (N, C, ...), fp32, bf16, fp16 or float64; contiguous or channels-last, or else it is copied.
+        weight: (C,), float32 or of the dtype of x; None for ones.
+        bias: (C,), the same; None for zeros.
         splits: S, a divisor of N.
         eps: added to the variance; finite and at least 0.
 

@@ -36,12 +36,13 @@ def dino(
     either: ``teacher_prototypes @ F.normalize(teacher, dim=1).mean(0)``.
 
     Args:
-        student: features of the student before its last layer, not normalised; fp32, bf16, fp16 or float64.
-        teacher: those of the teacher, for another view of the same images; same shape and dtype, no grad.
-        prototypes: weight of the student's last layer, any floating dtype; used as it is, so weight
+        student: features (N, C) of the student before its last layer, not normalised; fp32, bf16, fp16 or
+            float64.
+        teacher: those (N, C) of the teacher, for another view of the same images; same dtype, no grad.
+        prototypes: weight (P, C) of the student's last layer, any floating dtype; used as it is, so weight
             normalisation, if any, comes before.
-        teacher_prototypes: the teacher's, same shape, without grad.
-        center: what is subtracted from the teacher's logits, fp32 (or float64).
+        teacher_prototypes: the teacher's (P, C), without grad.
+        center: (P,), what is subtracted from the teacher's logits, fp32 (or float64).
         student_temperature: T_s > 0.
         teacher_temperature: T_t > 0.
         precision: what the matrix products may round their operands to at most:

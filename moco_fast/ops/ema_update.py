@@ -27,8 +27,8 @@ def ema_update_(
     Source: He et al. 2020, "Momentum Contrast", equation 2.
 
     Args:
-        targets: tensors to write, floating-point, without grad.
-        sources: tensors to read.
+        targets: tensors to write, of any shapes, floating-point, without grad, on one device.
+        sources: tensors to read, of the same shapes and in the same order.
         m: momentum in [0, 1]; a 0-d tensor stays on its device and is not read back, so that a captured
             CUDA graph sees it change.
         masters: float32 copies of the targets, written too; for targets of at most that precision.

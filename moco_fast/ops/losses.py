@@ -12,11 +12,18 @@ from moco_fast.ops import arguments
 
 
 class InfoNCEStats(NamedTuple):
-    """What a training loop wants to know about the logits, without the logits."""
+    """What a training loop wants to know about the logits, without the logits.
 
-    rank: Tensor  # (N,) int64: negatives nearer than the positive; accuracy@k = (rank < k).float().mean()
-    pos: Tensor  # (N,) cosine of query and key
-    neg: Tensor  # (N,) mean cosine of query and queue
+    Attributes:
+        rank: (N,) int64, how many negatives are more similar than the positive; accuracy@k is
+            ``(rank < k).float().mean()``.
+        pos: (N,) fp32, cosine of query and key.
+        neg: (N,) fp32, mean cosine of query and queue.
+    """
+
+    rank: Tensor
+    pos: Tensor
+    neg: Tensor
 
     def means(self) -> dict[str, Tensor]:
         """Means over the queries, 0-d: "pos_sim", "neg_sim" and "acc1", the share whose key is closest."""
@@ -69,9 +76,10 @@ def info_nce(
     Source: He et al. 2020, "Momentum Contrast", equation 1.
 
     Args:
-        q: queries, not normalised; fp32, bf16, fp16 or float64.
-        k: keys of the same shape and dtype, not normalised, without grad.
-        queue: negatives with rows of unit norm, any floating dtype; ``model.queue.t()`` for MoCo's buffer.
+        q: queries (N, C), not normalised; fp32, bf16, fp16 or float64.
+        k: keys (N, C) of the same dtype, not normalised, without grad.
+        queue: negatives (K, C) with rows of unit norm, any floating dtype; ``model.queue.t()`` for MoCo's
+            buffer.
         temperature: T > 0.
         precision: what the matrix products may round their operands to at most:
             "highest" fp32, "high" fp16 (on a CPU fp32), "medium" bf16. Sums are always fp32.
@@ -119,8 +127,8 @@ def nt_xent(
     Visual Representations", equation 1.
 
     Args:
-        z1: one view of every image, not normalised; fp32, bf16, fp16 or float64.
-        z2: the other view, of the same shape and dtype.
+        z1: one view of every image (N, C), not normalised; fp32, bf16, fp16 or float64.
+        z2: the other view (N, C), of the same dtype.
         temperature: T > 0.
         precision: what the matrix products may round their operands to at most:
             "highest" fp32, "high" fp16 (on a CPU fp32), "medium" bf16. Sums are always fp32.
@@ -170,9 +178,10 @@ def contrast(
     al. 2020, "Momentum Contrast", figure 2a.
 
     Args:
-        q: queries, not normalised; fp32, bf16, fp16 or float64. With three dimensions, D problems that
-            share launches, such as the two directions of a symmetric loss.
-        k: keys of the same dtype, not normalised; on several ranks those of all, in the order of the ranks.
+        q: queries (N, C), not normalised; fp32, bf16, fp16 or float64. Or (D, N, C): D problems that share
+            launches, such as the two directions of a symmetric loss.
+        k: keys (M, C), or (D, M, C), M >= N, of the same dtype, not normalised; on several ranks those of
+            all, in the order of the ranks.
         temperature: T > 0.
         first: row of k that is the key of the first query, N * rank for gathered keys.
         precision: what the matrix products may round their operands to at most:

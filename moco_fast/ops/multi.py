@@ -33,12 +33,14 @@ def multi_info_nce(
     Source: Khosla et al. 2020, "Supervised Contrastive Learning", equation 2.
 
     Args:
-        q: queries, not normalised; fp32, bf16, fp16 or float64.
-        k: their own keys, one or P each, of the same dtype, not normalised, without grad.
-        queue: rows of unit norm, any floating dtype.
+        q: queries (N, C), not normalised; fp32, bf16, fp16 or float64.
+        k: their own keys, one each (N, C) or P (N, P, C), of the same dtype, not normalised, without grad.
+        queue: (K, C), rows of unit norm, any floating dtype.
         temperature: T > 0.
-        labels: class of every query, in [-1, classes); -1: unknown, only its own keys are positive.
-        queue_labels: class of every row of the queue, in [-1, classes); -1: unknown, nobody's positive.
+        labels: (N,) int64, class of every query, in [-1, classes); -1: unknown, only its own keys are
+            positive.
+        queue_labels: (K,) int64, class of every row of the queue, in [-1, classes); -1: unknown, nobody's
+            positive.
         classes: how many there are.
         precision: as of :func:`info_nce`.
         reduction: "mean", "sum" or "none" over the queries.

@@ -23,11 +23,12 @@ def enqueue_(
     Source: He et al. 2020, "Momentum Contrast", section 3.2.
 
     Args:
-        queue: ring buffer, written in place.
-        ptr: next slot to write, in [0, K).
-        keys: not normalised, any floating dtype.
-        mirror: the same rows in another dtype, written too: a 16-bit copy halves what a GPU's loss reads.
-        order: row of ``keys`` to write i-th, for keys that a batch shuffle left in another order.
+        queue: ring buffer (K, C), written in place.
+        ptr: (1,) int64, next slot to write, in [0, K).
+        keys: (N, C), not normalised, any floating dtype.
+        mirror: (K, C), the same rows in another dtype, written too: a 16-bit copy halves what a GPU's loss
+            reads.
+        order: (N,) int64, row of ``keys`` to write i-th, for keys that a batch shuffle left in another order.
 
     Raises:
         TypeError: not floating-point tensors, or ptr is not int64 of shape (1,).
@@ -48,8 +49,8 @@ def take_rows(
     What packs a batch for an exchange between ranks, and brings rows back into order. Without gradient.
 
     Args:
-        x: rows, of any dtype; other memory formats are made contiguous first.
-        index: rows to take, in [0, R); any number of them, with or without repetition.
+        x: rows (R, ...), of any dtype; other memory formats are made contiguous first.
+        index: (M,) int64, rows to take, in [0, R); any number of them, with or without repetition.
 
     Returns:
         (M, ...), in the memory format of ``x``.

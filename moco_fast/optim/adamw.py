@@ -16,7 +16,7 @@ from moco_fast.optim.base import EMAOptimizer, refuse_capture
 class AdamW(EMAOptimizer):
     """``torch.optim.AdamW`` with the key encoder's EMA in its step.
 
-    Formula: :func:`moco_fast.reference.adamw_`; equal to torch's to a few units in the last place.
+    Formula: :func:`moco_fast.reference.adamw_`; equal to torch's to rounding.
     The state ``step`` is a float32 tensor on the parameter's device, so that a captured CUDA graph counts on.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moco_fast.reference.common import EPS, compute_dtype, normalise
 
-BLOCK = 2**22  # elements of the logits in memory at a time, of the losses within a batch; 16 MB in fp32
+BLOCK = 2**22  # elements of the logits in memory at a time; 16 MB in fp32
 
 
 def row_blocks(
@@ -75,19 +75,22 @@ def info_nce(
     rows = queue.to(dtype)
 
     pos = (q_hat * k_hat).sum(dim=1)
-    similarities = q_hat @ rows.t()  # (N, K)
-    neg = similarities.mean(dim=1)
-    stats = slice(None if need_stats else 0)
-    rank = (similarities[stats] > pos[stats, None]).sum(dim=1)
-
-    loss, exps, total, miss = _cross_entropy(pos / temperature, similarities.div_(temperature))
+    loss, neg, dq_hat = torch.empty_like(pos), torch.empty_like(pos), torch.empty_like(q_hat)
+    rank = pos.new_empty(len(q), dtype=torch.int64)
+    for block in row_blocks(len(q), len(queue)):
+        similarities = q_hat[block] @ rows.t()  # (queries of the block, K)
+        neg[block] = similarities.mean(dim=1)
+        if need_stats:
+            rank[block] = (similarities > pos[block, None]).sum(dim=1)
+        logits = similarities.div_(temperature)
+        loss[block], exps, total, miss = _cross_entropy(pos[block] / temperature, logits)
+        if need_dq:
+            dq_hat[block] = (exps @ rows / total[:, None] - miss[:, None] * k_hat[block]) / temperature
     # exp(-inf) = 0 would swallow a queue row with an infinite feature; its mean similarity does not.
-    loss = loss + 0 * neg
-
-    if not need_dq:
-        return loss, q.new_empty((0, q.shape[1]), dtype=dtype), rank, pos[stats], neg[stats]
-    dq_hat = (exps @ rows / total[:, None] - miss[:, None] * k_hat) / temperature
-    return loss, through_norm(dq_hat, q_hat, norm), rank, pos[stats], neg[stats]
+    loss += 0 * neg
+    dq = through_norm(dq_hat, q_hat, norm) if need_dq else dq_hat[:0]
+    stats = slice(None if need_stats else 0)
+    return loss, dq, rank[stats], pos[stats], neg[stats]
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def seed_epoch(args, epoch):
 
 
 def accuracy(output, target, topk=(1,)):
-    """Percent of targets among the k largest outputs: the official function, call by call."""
+    """Percent of targets among the k largest outputs, by the calls of PyTorch's ImageNet example."""
     with torch.no_grad():
         _, pred = output.topk(max(topk), 1, True, True)
         pred = pred.t()
