@@ -6,16 +6,16 @@ Triton, which need not be installed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from moco_fast import reference
 
 OPS = ("info_nce", "nt_xent", "contrast", "dino", "ema_update_", "enqueue_", "take_rows", "split_batch_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,109 +62,24 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def info_nce(
-    q: Tensor,
-    k: Tensor,
-    queue: Tensor,
-    temperature: float,
-    precision: str,
-    need_dq: bool,
-    need_stats: bool,
-    *,
-    by_hand: bool | None = None,  # see kernels/info_nce.py
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`moco_fast.reference.info_nce`."""
-    from moco_fast.kernels.info_nce import info_nce
+def _launcher(name: str, file: str) -> Callable[..., Any]:
+    """The function of a kernel file, called on the device of its first tensor."""
 
-    with on_device_of(q):
-        return info_nce(q, k, queue, temperature, precision, need_dq, need_stats, by_hand=by_hand)
+    def launch(*args: Any, **options: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with on_device_of(first):
+            return getattr(importlib.import_module(f"moco_fast.kernels.{file}"), name)(*args, **options)
+
+    return launch
 
 
-def ema_update_(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor, masters: Sequence[Tensor] = ()
-) -> None:
-    """See :func:`moco_fast.reference.ema_update_`."""
-    from moco_fast.kernels.ema_update import ema_update_
-
-    with on_device_of(targets[0]):
-        ema_update_(targets, sources, m, masters)
-
-
-def enqueue_(
-    queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None = None, order: Tensor | None = None
-) -> None:
-    """See :func:`moco_fast.reference.enqueue_`."""
-    from moco_fast.kernels.enqueue import enqueue_
-
-    if not queue.is_contiguous() or not (mirror is None or mirror.is_contiguous()):
-        return reference.enqueue_(queue, ptr, keys, mirror, order)
-    with on_device_of(queue):
-        enqueue_(queue, ptr, keys, mirror, order)
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """See :func:`moco_fast.reference.take_rows`."""
-    from moco_fast.kernels.take_rows import take_rows
-
-    with on_device_of(x):
-        return take_rows(x, index)
-
-
-def nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
-    """See :func:`moco_fast.reference.nt_xent`."""
-    from moco_fast.kernels.nt_xent import nt_xent
-
-    with on_device_of(z):
-        return nt_xent(z, temperature, precision, need_dz)
-
-
-def contrast(
-    q: Tensor, k: Tensor, temperature: float, first: int, precision: str, need_dq: bool, need_dk: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`moco_fast.reference.contrast`."""
-    from moco_fast.kernels.contrast import contrast
-
-    with on_device_of(q):
-        return contrast(q, k, temperature, first, precision, need_dq, need_dk)
-
-
-def dino(
-    student: Tensor,
-    teacher: Tensor,
-    prototypes: Tensor,
-    teacher_prototypes: Tensor,
-    center: Tensor,
-    student_temperature: float,
-    teacher_temperature: float,
-    precision: str,
-    need_ds: bool,
-    need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`moco_fast.reference.dino`."""
-    from moco_fast.kernels.dino import dino
-
-    with on_device_of(student):
-        return dino(
-            student, teacher, prototypes, teacher_prototypes, center,
-            student_temperature, teacher_temperature, precision, need_ds, need_dw,
-        )  # fmt: skip
-
-
-def split_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, splits: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`moco_fast.reference.split_batch_norm`."""
-    from moco_fast.kernels.split_batch_norm import split_batch_norm
-
-    with on_device_of(x):
-        return split_batch_norm(x, weight, bias, splits, eps)
-
-
-def split_batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`moco_fast.reference.split_batch_norm_backward`."""
-    from moco_fast.kernels.split_batch_norm import split_batch_norm_backward
-
-    with on_device_of(x):
-        return split_batch_norm_backward(dy, x, weight, mean, var, eps)
+# With the arguments and results of their namesakes in moco_fast.reference.
+info_nce = _launcher("info_nce", "info_nce")
+nt_xent = _launcher("nt_xent", "nt_xent")
+contrast = _launcher("contrast", "contrast")
+dino = _launcher("dino", "dino")
+ema_update_ = _launcher("ema_update_", "ema_update")
+enqueue_ = _launcher("enqueue_", "enqueue")
+take_rows = _launcher("take_rows", "take_rows")
+split_batch_norm = _launcher("split_batch_norm", "split_batch_norm")
+split_batch_norm_backward = _launcher("split_batch_norm_backward", "split_batch_norm")

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moco_fast import reference
 from moco_fast.kernels.common import row_norms, unit_rows
 
 # (elements of keys per program, warps), whatever the width. Not measured on a GPU yet.
@@ -59,14 +60,16 @@ def _advance(ptr, N, K):
 
 
 def enqueue_(
-    queue: Tensor,  # (K, C), contiguous
+    queue: Tensor,  # (K, C)
     ptr: Tensor,  # (1,)
     keys: Tensor,  # (N, C)
-    mirror: Tensor | None = None,  # (K, C), contiguous
+    mirror: Tensor | None = None,  # (K, C)
     order: Tensor | None = None,  # (N,)
     tiles: tuple[int, int] | None = None,
 ) -> None:
     """See :func:`moco_fast.reference.enqueue_`; ``tiles`` in place of the table's entry."""
+    if not queue.is_contiguous() or not (mirror is None or mirror.is_contiguous()):
+        return reference.enqueue_(queue, ptr, keys, mirror, order)
     keys = keys.contiguous()
     count, features = keys.shape
     block_c = triton.next_power_of_2(features)

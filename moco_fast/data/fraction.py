@@ -1,4 +1,4 @@
-"""A part of the labelled images, the same one every time.
+"""Parts of the labelled images that take alike from every class, the same ones every time.
 
 Tests: tests/test_finetune.py.
 """
@@ -7,6 +7,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def turns(
+    labels: Tensor,  # (N,) integers
+    order: Tensor,  # (N,) int64, of all rows
+) -> Tensor:
+    """How many rows of its class come before a row in ``order``, (N,) int64."""
+    by_class = order[labels[order].argsort(stable=True)]
+    _, counts = labels[by_class].unique_consecutive(return_counts=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    result = torch.empty_like(order)
+    result[by_class] = torch.arange(len(order)) - first
+    return result
 
 
 def labelled_fraction(
@@ -24,8 +37,5 @@ def labelled_fraction(
     if not 0 < fraction <= 1:
         raise ValueError(f"labels_fraction must be in (0, 1], got {fraction}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    rows = []
-    for label in labels.unique():
-        members = order[labels[order] == label]
-        rows.append(members[: max(1, round(fraction * len(members)))])
-    return torch.cat(rows).sort().values
+    quota = (fraction * labels.bincount().double()).round().clamp(min=1)
+    return (turns(labels, order) < quota[labels]).nonzero()[:, 0]

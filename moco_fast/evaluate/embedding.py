@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco_fast.data.fraction import turns
 from moco_fast.extras import extra
 
 COMPONENTS = 50  # kept before t-SNE, as its authors do
@@ -65,10 +66,6 @@ def spread_over_classes(
     order = torch.randperm(count, generator=generator)
     if labels is None:
         return order[:most].sort().values
-    # The turn of a row: how many of its class were drawn before it. Whoever has an early turn is taken.
-    drawn = labels[order]
-    turn = torch.empty(count, dtype=torch.int64)
-    for label in drawn.unique():
-        members = (drawn == label).nonzero()[:, 0]
-        turn[members] = torch.arange(len(members))
+    # Whoever has an early turn in its class is taken.
+    turn = turns(labels, order)[order]
     return order[turn.argsort(stable=True)[:most]].sort().values

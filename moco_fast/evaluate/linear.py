@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moco_fast import checks
 from moco_fast.data.augment import AugmentConfig, random_view
+from moco_fast.data.fraction import turns
 from moco_fast.data.images import Dataset, ImageSet
 from moco_fast.data.loader import BatchLoader
 from moco_fast.evaluate.features import View, features_of, labels_missing
@@ -325,13 +326,10 @@ def hold_out(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """A tenth of every class, at least one image: (N,) bool; and the classes with a single image, kept."""
     order = _order(len(labels), seed, 0, HELD_OUT)  # not that of an epoch
-    shuffled = labels.cpu()[order]
-    by_class = shuffled.argsort(stable=True)
-    counts = shuffled.bincount()
-    position = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[shuffled[by_class]]  # in its class
+    classes = labels.cpu()
+    counts = classes.bincount()
     quota = torch.where(counts > 1, (counts // HELD_OUT).clamp(min=1), 0)
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[order[by_class]] = position < quota[shuffled[by_class]]
+    mask = turns(classes, order) < quota[classes]
     return mask.to(labels.device), tuple((counts == 1).nonzero().flatten().tolist())
 
 
