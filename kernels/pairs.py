@@ -169,11 +169,11 @@ def sweep(
     kind = ("split " if split else "") + ("gradient" if gradient else "sums")
     tma, width = has_tma(device), x.high.shape[1]
     block_m, block_n, warps, stages, per_sm = tiles or tiles_for(kind, block_c, tma)
-    blocks, tiles = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
+    blocks, steps = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
     kept = features if gradient else 1
-    shares = shares_of(problems * rows, kept, problems * blocks, tiles, per_sm * multiprocessors(device))
-    tiles_per_share = triton.cdiv(tiles, shares)
-    shares = triton.cdiv(tiles, tiles_per_share)
+    shares = shares_of(problems * rows, kept, problems * blocks, steps, per_sm * multiprocessors(device))
+    steps_per_share = triton.cdiv(steps, shares)
+    shares = triton.cdiv(steps, steps_per_share)
 
     totals = torch.empty((2, 0 if second else shares, problems, rows), device=device, dtype=torch.float32)
     sums = totals
@@ -183,7 +183,7 @@ def sweep(
         *row_blocks((x.high, x.low, y.high, y.low), (block_m, block_m, block_n, block_n), block_c, tma),
         totals if x_log2_sum is None else x_log2_sum, totals if y_log2_sum is None else y_log2_sum,
         sums, totals[0], totals[1],
-        rows, columns, features, len(x.high) // problems, len(y.high) // problems, first, tiles_per_share,
+        rows, columns, features, len(x.high) // problems, len(y.high) // problems, first, steps_per_share,
         scale, scale - offset if in_operands else 0.0,
         WIDTH=width, TMA=tma, OFFSET=offset, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=block_c,
         SECOND=second, PAIRED=paired, BOUNDED=bounded, SPLIT=split, GRADIENT=gradient,

@@ -21,3 +21,8 @@ def extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{module} is needed here ({error}): {INSTALL}") from error
+
+
+def new_console(**options: Any) -> Any:
+    """A rich Console that prints names of files and folders as they are, brackets included."""
+    return extra("rich.console").Console(markup=False, emoji=False, **options)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from wgmma import hazards
 
 from moco_fast.kernels import (
     dino,
@@ -74,6 +75,7 @@ def compiled(kernel, types, constants, warps, stages, capability, multiples=()):
         "wide_stores": r"\bSTG\.E\.128\b",
     }
     counts = {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
+    counts["hazards"] = len(hazards(code))
     return {"registers": registers, "local": stack + local, "shared": binary.metadata.shared, **counts}
 
 

@@ -216,7 +216,9 @@ def test_durations_have_a_unit():
 
 def test_notes_name_what_is_missing():
     peer = {"name": OFFICIAL, "no_graph": "it waits"}
-    results = [{"op": "info_nce", "absent": {"torch.compile": "no compiler"}, "peers": [peer]}]
+    results = [
+        {"op": "info_nce", "label": "N=32", "absent": {"torch.compile": "no compiler"}, "peers": [peer]}
+    ]
     found = Findings({"type": "cuda", "load": 3.0, "cpus": 2}, quick=False, results=results)
     found.empty_graph_us = 1.96
     text = " ".join(notes(found, finished=True))

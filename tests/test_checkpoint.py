@@ -149,3 +149,15 @@ def test_another_model_is_refused_before_anything_changes():
     for part in ("missing bias", "unexpected extra", "weight is (2, 4), expected (2, 3)"):
         assert part in str(error.value)
     assert torch.equal(model.weight, before)
+
+
+def test_damaged_values_are_noticed(tmp_path):
+    """The file loads all the same: only its checksums tell."""
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.write_atomic(path, {"state_dict": {"weight": torch.full((1000,), 7.0)}})
+    data = bytearray(path.read_bytes())
+    at = data.index(torch.full((8,), 7.0).numpy().tobytes())
+    data[at + 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(checkpoint.CheckpointError, match=r"is damaged: the checksum of .*data/0 in"):
+        checkpoint.read(path, keys=())

@@ -101,7 +101,7 @@ def test_map_without_labels_or_with_too_many(tmp_path, figures, quick):
     ("labels", "message"),
     [
         (torch.zeros(5, dtype=torch.int64), r"labels must be \(6,\), one per row, got \(5,\)"),
-        (torch.tensor([0, 1, 2, 0, 1, 2]), r"labels must be in \[0, 2\), the classes named, got 0 to 2"),
+        (torch.tensor([0, 1, 2, 0, 1, 2]), r"labels must be in \[0, 2\), got 0 to 2"),
     ],
 )
 def test_labels_that_do_not_fit(labels, message, tmp_path):

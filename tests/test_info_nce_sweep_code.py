@@ -12,6 +12,7 @@ from nvcc import compiled, find
 from test_info_nce import make, relative
 from test_info_nce_sweep import sweep
 from torch.nn import functional as F
+from wgmma import hazards
 
 
 @pytest.mark.skipif(not emulated.CSRC.exists(), reason="an installed wheel has no sources")
@@ -34,6 +35,7 @@ def test_no_spills_and_no_product_waits_for_another(tmp_path):
         # Two walks, each with a first, a repeated and a last step: 8 + 16 + 8 products, begun once a step.
         assert len(re.findall(r"\bHGMMA\.64x128x16", code)) == 64
         assert len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code)) == 6
+        assert not hazards(code) and hazards(re.sub(r"WARPGROUP\.DEPBAR[^;]*", "NOP", code))
         assert "UTMALDG.2D" in fetching
         assert max(map(int, re.findall(r"\bR(\d+)\b", fetching))) < 24  # what setmaxnreg leaves it
 

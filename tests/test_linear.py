@@ -189,7 +189,7 @@ def test_a_rate_that_diverges_is_not_chosen():
         ({"schedule": (0,)}, "schedule must be at least 1"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and at least 0"),
         ({"momentum": 2.0}, "momentum must be in"),
-        ({"seed": -1}, "seed must be in"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_config_errors(change, message):

@@ -1,6 +1,8 @@
 """The loader: order, resuming, workers, broken files."""
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,21 @@ def test_loader_arguments(arguments, message):
         BatchLoader(numbered(23), **{"batch_size": 4, "seed": 0, **arguments})
     with pytest.raises(ValueError, match="start must be in"):
         next(BatchLoader(numbered(23), 4, 0).batches(0, start=6))
+
+
+def test_an_error_in_a_worker_ends_the_process():
+    """Workers ignore SIGTERM, which Python sends them at its end, to wait for them then."""
+    program = (
+        "import torch\nfrom moco_fast.data.images import Fetched, ImageSet\n"
+        "from moco_fast.data.loader import BatchLoader\n"
+        "class Source:\n"
+        "    channels, in_memory = 1, False\n"
+        "    def __len__(self): return 64\n"
+        "    def name_of(self, index): return str(index)\n"
+        "    def fetch(self, indices):\n"
+        "        if 40 in indices: raise RuntimeError('the disk is gone')\n"
+        "        return Fetched(torch.zeros(len(indices), 1, 4, 4, dtype=torch.uint8), None, indices, ())\n"
+        "for _ in BatchLoader(ImageSet(Source(), None), 4, 0, 2).batches(0): pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "the disk is gone" in done.stderr

@@ -1,7 +1,11 @@
 """Whose a run folder is, and what a run that goes on keeps."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +18,8 @@ from moco_fast.cli import main
 from moco_fast.train import checkpoint
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
+from moco_fast.train.loop import pretrain
+from moco_fast.train.record import Recorder
 from moco_fast.train.run import resume_or_begin
 
 
@@ -187,3 +193,58 @@ def test_config_is_written_whole(copied, monkeypatch):
         patch.setattr(Path, "write_text", cut)
         run(copied, replace(TINY, epochs=3), resume=True)
     assert contents(copied) == before
+
+
+def test_a_folder_that_another_process_writes_to(tmp_path):
+    """It is refused before anything is written, and free again when that process is gone."""
+    holder = "import sys\nfrom pathlib import Path\nfrom moco_fast.train.run import FolderLock\n"
+    holder += "FolderLock().take(Path(sys.argv[1]))\nprint('taken', flush=True)\nsys.stdin.read()"
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"taken\n"
+        with pytest.raises(FileExistsError, match="is being written by another process"):
+            run(out, TINY)
+        assert not any(out.iterdir())
+        other.stdin.close()
+        other.wait(60)
+    assert run(out, TINY).step == run(out, TINY, resume=True).step
+
+
+def test_what_has_changed_is_told(tmp_path, capsys):
+    def resumed(**changes):
+        pretrain(replace(TINY, **changes), tmp_path / "run", resume=True)
+        return capsys.readouterr().out.replace("\n", " ")
+
+    run(tmp_path / "run", TINY)
+    assert re.search(r"other options: .*weight_decay=0.5, was", resumed(epochs=3, weight_decay=0.5))
+    with pytest.raises(checkpoint.CheckpointError, match=r"epochs must be at least 3.*got 2"):
+        resumed()
+    with pytest.raises(checkpoint.CheckpointError, match="batch_size=250, was 256"):
+        resumed(epochs=4, batch_size=250, bn_splits=2)
+    saved = checkpoint.read(tmp_path / "run")
+    saved["moco_fast"]["classes"] = ["a", "b"]
+    checkpoint.write_atomic(tmp_path / "run" / "checkpoint.pth", saved)
+    assert "images are not those that the run has trained on: classes=" in resumed(epochs=4)
+    del saved["moco_fast"]["views"]
+    checkpoint.write_atomic(tmp_path / "run" / "checkpoint.pth", saved)
+    with pytest.raises(checkpoint.CheckpointError, match="lacks views"):
+        resumed(epochs=4)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_records_that_cannot_be_written_end_no_run(tmp_path):
+    """TensorBoard's folder is removed, the metrics are damaged: told, and that is all."""
+    run(tmp_path / "run", TINY)
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(bytes(range(128, 256)))
+    assert run(tmp_path / "run", replace(TINY, epochs=3), resume=True).step
+    told = []
+    recorder = Recorder(tmp_path / "run", 1, told.append)
+    recorder._file.close()
+    with open("/dev/full", "w", buffering=1) as recorder._file:
+        recorder.write(2, loss=1.0)
+        recorder.write(3, loss=1.0)
+    recorder.close()
+    assert len(told) == 1 and "/dev/full gets no more records" in told[0]

@@ -85,19 +85,21 @@ def test_checkpoint_is_official(unbroken):
     assert frozen_too == sum(1 for n in names if n.endswith(("weight", "bias")))
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 7])
-def test_stop_and_resume_is_bit_equal(unbroken, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize(
+    ("stop_at", "by"), [(1, signal.SIGTERM), (5, signal.SIGINT), (7, signal.SIGHUP)], ids=str
+)
+def test_stop_and_resume_is_bit_equal(unbroken, tmp_path, monkeypatch, stop_at, by):
     advance = Display.advance
 
     def advance_and_stop(self, step):
         advance(self, step)
         if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
 
     with monkeypatch.context() as patch:
         patch.setattr(Display, "advance", advance_and_stop)
         stopped = run(tmp_path / "run")
-    assert stopped.interrupted == signal.SIGTERM and stopped.step == stop_at
+    assert stopped.interrupted == by and stopped.step == stop_at
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == stop_at
     torch.manual_seed(999)  # whatever happened to the generators in between
     np.random.seed(999)  # noqa: NPY002

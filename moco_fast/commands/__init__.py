@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Union
@@ -13,6 +14,7 @@ from moco_fast.commands.doctor import Doctor
 from moco_fast.commands.finetune import Finetune
 from moco_fast.commands.finetune import defaults as finetune_defaults
 from moco_fast.commands.knn import Knn
+from moco_fast.commands.lasting import lasting_output
 from moco_fast.commands.linear import Linear
 from moco_fast.commands.map import Map
 from moco_fast.commands.presets import Presets
@@ -53,6 +55,11 @@ examples:
 
 def run(argv: Sequence[str]) -> int:
     """Parse the arguments and run the command; returns the exit status."""
+    with lasting_output():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         command = tyro.cli(
             Union[  # noqa: UP007 - with | the annotations would be lost
@@ -79,3 +86,5 @@ def run(argv: Sequence[str]) -> int:
         # Faults of input or environment: the message says it all, a traceback would bury it.
         print(f"moco-fast: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT

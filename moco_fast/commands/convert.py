@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from moco_fast.convert.run import convert
+from moco_fast.extras import new_console
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Convert:
             trust=self.trust, force=self.force,
         )  # fmt: skip
         which = f"encoder {report.encoder}" if report.encoder else "both encoders"
-        console = Console(highlight=False, soft_wrap=True)
+        console = new_console(highlight=False, soft_wrap=True)
         console.print(
             f"{report.out}: {report.layout} -> {self.to}, {report.arch}, {which}, {report.tensors} tensors, "
             f"{report.bytes / 1e6:.1f} MB"

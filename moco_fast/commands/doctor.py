@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from moco_fast import doctor
+from moco_fast.extras import new_console
 
 
 @dataclass
@@ -19,5 +19,5 @@ class Doctor:
         table = Table("what", "state", title="moco-fast doctor")
         for what, state in doctor.report():
             table.add_row(what, state)
-        Console().print(table)
+        new_console().print(table)
         return 0

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from moco_fast.commands.arguments import value_of
 from moco_fast.data.datasets import absolute
 from moco_fast.distributed import from_rank_0, rank
+from moco_fast.extras import new_console
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.finetune import FinetuneOutcome, finetune
 from moco_fast.train.finetune_config import FinetuneConfig
@@ -49,7 +49,7 @@ class Finetune:
         """Returns the exit status."""
         if (self.checkpoint is None) == (self.resume is None):
             raise ValueError("give either a checkpoint to start from or --resume with a fine-tuning run")
-        config, console = self.config, Console()
+        config, console = self.config, new_console()
         if config.data is not None:
             config = replace(config, data=absolute(config.data))
         with joined(config.device):

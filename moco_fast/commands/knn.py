@@ -16,6 +16,7 @@ from moco_fast.commands.tables import knn_table
 from moco_fast.distributed import rank
 from moco_fast.evaluate.features import all_features, own_features, spread
 from moco_fast.evaluate.knn import CHUNK, knn_predict
+from moco_fast.extras import new_console
 from moco_fast.files import write_text
 from moco_fast.train.processes import joined
 from moco_fast.train.subject import Subject, load_subject
@@ -62,13 +63,13 @@ class Knn:
         checks.count("bank", self.bank)
         with joined(self.device):
             subject = load_subject(
-                self.checkpoint, self.data, self.device, Console(quiet=rank() > 0).print,
+                self.checkpoint, self.data, self.device, new_console(quiet=rank() > 0).print,
                 arch=self.arch, image_size=self.image_size, workers=self.workers, crop=self.crop,
             )  # fmt: skip
-            accuracy, classes, note = self._measure(subject, Console(quiet=rank() > 0))
+            accuracy, classes, note = self._measure(subject, new_console(quiet=rank() > 0))
             if rank() > 0:
                 return 0
-        console = Console()
+        console = new_console()
         console.print(note)
         for k, rows in accuracy.items():
             first, five = ({name: values[i] for name, values in rows.items()} for i in (0, 1))

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from moco_fast._version import __version__
 from moco_fast.bar import Bar
 from moco_fast.commands.tables import linear_table, sweep_table
 from moco_fast.evaluate.linear import LinearConfig, LinearResult, evaluate_linear
+from moco_fast.extras import new_console
 from moco_fast.files import write_text
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.processes import started_by_torchrun
@@ -58,7 +58,7 @@ class Linear:
         """Returns the exit status."""
         if started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
             raise ValueError("linear runs in one process: start it without torchrun")
-        console, began = Console(), time.monotonic()
+        console, began = new_console(), time.monotonic()
         subject = load_subject(
             self.checkpoint, self.data, self.device, console.print,
             arch=self.arch, image_size=self.image_size, workers=self.workers, crop=self.crop,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from moco_fast import checks
 from moco_fast.evaluate.embedding import spread_over_classes
 from moco_fast.evaluate.features import View, features_of
 from moco_fast.evaluate.pictures import plot_embedding
 from moco_fast.evaluate.probe import KnnProbe
+from moco_fast.extras import new_console
 from moco_fast.train.build import choose_device
 from moco_fast.train.pretrained import dataset_for, load_pretrained
 
@@ -52,7 +52,7 @@ class Map:
         checks.count("points", self.points)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
-        console, device = Console(), choose_device(self.device)
+        console, device = new_console(), choose_device(self.device)
         subject = load_pretrained(self.checkpoint, arch=self.arch, image_size=self.image_size)
         dataset = dataset_for(subject, self.data, console.print)
         network = subject.backbone.to(device)

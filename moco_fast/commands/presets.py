@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
+from moco_fast.extras import new_console
 from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS
 
@@ -17,7 +17,7 @@ class Presets:
 
     def run(self) -> int:
         """Returns the exit status."""
-        console = Console()
+        console = new_console()
         table = Table("--preset", "method", "what it is", "reached", "measured by", title="recipes")
         for name, preset in PRESETS.items():
             table.add_row(name, preset.config.method, preset.about, preset.reached, preset.measured_by)

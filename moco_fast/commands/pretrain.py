@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
 
 from moco_fast.commands.arguments import value_of
 from moco_fast.commands.tables import knn_table
 from moco_fast.data.datasets import absolute
 from moco_fast.distributed import from_rank_0, rank
+from moco_fast.extras import new_console
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.loop import pretrain
@@ -51,7 +51,7 @@ class Pretrain:
                 f"preset must be left out with --resume, which has its own config; got {self.preset}"
             )
         config = replace(self.config, data=absolute(self.config.data))
-        console = Console()
+        console = new_console()
         with joined(config.device):
             resume = resume_or_begin(self.resume, self.out)
             name = from_rank_0(f"{Path(config.data).name}-{time.strftime('%Y%m%d-%H%M%S')}")

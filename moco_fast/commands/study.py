@@ -13,6 +13,7 @@ from rich.markdown import Markdown
 from moco_fast import checks
 from moco_fast.data.datasets import absolute
 from moco_fast.distributed import rank
+from moco_fast.extras import new_console
 from moco_fast.files import write_text
 from moco_fast.study.figure import markdown, plot_study
 from moco_fast.study.plans import STUDIES, Point
@@ -67,7 +68,7 @@ class Study:
         points = [replace(p, config=replace(p.config, **changes)) for p in points]  # type: ignore[arg-type]
         out = self.out or Path("studies") / f"{self.name}-{self.scale}"
         with joined(self.device):  # until all is written, which rank 0 does
-            return self._run(points, out, Console(quiet=rank() > 0))
+            return self._run(points, out, new_console(quiet=rank() > 0))
 
     def _run(self, points: list[Point], out: Path, console: Console) -> int:
         study = STUDIES[self.name]

@@ -6,12 +6,15 @@ resumes at step s of an epoch sees exactly the batches that it had not seen.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -144,8 +147,21 @@ class BatchLoader:
             # Its own generator: the default one is global, and drawing from it would change the run.
             generator=torch.Generator(),
         )
+        before = set(multiprocessing.active_children())
         with _interrupts_held():
-            return iter(loader)
+            batches = iter(loader)
+        _workers.update(set(multiprocessing.active_children()) - before)
+        return batches
+
+
+_workers: WeakSet[multiprocessing.process.BaseProcess] = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Where an error ends the process: Python would send SIGTERM, which they ignore, and wait forever."""
+    for worker in _workers:
+        worker.kill()
 
 
 class _Requests(TorchDataset[Fetched]):

@@ -12,6 +12,7 @@ import pickle
 import random
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ def write_atomic(path: Path, checkpoint: dict[str, Any]) -> None:
         with whole(path, sync=True, aside=aside), open(aside, "wb") as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise OSError(
-            f"{path} could not be written ({_first_line(error)}); the one before is kept"
-        ) from error
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        kept = "; the one before is kept" if path.exists() else ""
+        raise OSError(f"{path} could not be written ({_first_line(reason)}){kept}") from error
 
 
 def read(
@@ -77,6 +78,8 @@ def read(
         raise CheckpointError(
             f"{path} is a safetensors file, of weights alone: give the checkpoint that it was made from"
         )
+    if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load does not look
+        raise CheckpointError(f"{path} is damaged: the checksum of {part} in it is wrong")
     expected = "expected a file of torch.save" + (f" with the keys {', '.join(keys)}" if keys else "")
     try:
         with warnings.catch_warnings():

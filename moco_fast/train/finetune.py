@@ -22,9 +22,9 @@ from moco_fast.data.images import ImageSet
 from moco_fast.data.loader import BatchLoader
 from moco_fast.distributed import check_agreement, largest, rank, world_size
 from moco_fast.evaluate.features import View, all_features, labels_missing
-from moco_fast.evaluate.pictures import plot_confusion, plot_curves
+from moco_fast.evaluate.pictures import plot_confusion
 from moco_fast.evaluate.scores import accuracy_at, confusion
-from moco_fast.extras import extra
+from moco_fast.extras import new_console
 from moco_fast.models.classifier import Classifier
 from moco_fast.norm import average_statistics_
 from moco_fast.optim import SGD, AdamW
@@ -36,8 +36,8 @@ from moco_fast.train.layers import parameter_groups
 from moco_fast.train.meter import Meter
 from moco_fast.train.pretrained import dataset_for, load_pretrained
 from moco_fast.train.processes import first_on_machine, joined, on_rank_0
-from moco_fast.train.record import METRICS_FILE, Recorder
-from moco_fast.train.run import Resume, open_run
+from moco_fast.train.record import Recorder, draw_curves
+from moco_fast.train.run import FolderLock, Resume, open_run
 from moco_fast.train.schedule import cosine
 
 SGD_MOMENTUM = 0.9
@@ -109,8 +109,8 @@ def finetune(
     """
     if (resume is True) == (checkpoint is not None):
         raise ValueError(f"give either a checkpoint to start from or resume, got {checkpoint!r} and {resume}")
-    with joined(config.device):
-        return _finetune(config, out, checkpoint, resume, console or extra("rich.console").Console())
+    with joined(config.device), FolderLock() as lock:
+        return _finetune(config, out, checkpoint, resume, console or new_console(), lock)
 
 
 def _finetune(
@@ -119,10 +119,11 @@ def _finetune(
     checkpoint: str | os.PathLike[str] | None,
     resume: Resume,
     console: Any,
+    lock: FolderLock,
 ) -> FinetuneOutcome:
     everywhere = console
     if rank() > 0:
-        console = extra("rich.console").Console(quiet=True)
+        console = new_console(quiet=True)
     run = open_run(config, out, resume, checkpoint=None if checkpoint is None else str(checkpoint))
     config, saved = run.config, run.saved
     if config.threads:
@@ -170,7 +171,7 @@ def _finetune(
         optimizer = SGD(groups, config.peak_lr, momentum=SGD_MOMENTUM)
     step = 0 if saved is None else run.restore(model, optimizer, randomness)
     begin = saved["moco_fast"]["start"] if saved else str(checkpoint)
-    run.describe(config, start=begin, dataset=dataset.note)
+    run.describe(config, lock, start=begin, dataset=dataset.note)
     replica = data_parallel(model, device)
     if saved:
         method = saved["moco_fast"]["config"]["method"]
@@ -206,7 +207,7 @@ def _finetune(
             facts=facts,
         )  # fmt: skip
 
-    recorder = Recorder(out if rank() == 0 else None, step)
+    recorder = Recorder(out if rank() == 0 else None, step, console.print)
     meter = Meter(loader, config.batch_size, out)
 
     def record() -> None:
@@ -263,7 +264,7 @@ def _finetune(
 
     ended_by = signal.Signals(stopped) if stopped else None
     if step > 0:
-        on_rank_0(lambda: plot_curves(out / METRICS_FILE, out / "curves.png"))
+        on_rank_0(lambda: draw_curves(out, console.print))
     if ended_by:
         console.print(f"{ended_by.name}: saved step {step}. Continue with: moco-fast finetune --resume {out}")
         return FinetuneOutcome(out, step, ended_by, len(train), None)

@@ -1,4 +1,4 @@
-"""Ending a run from outside: SIGTERM and Ctrl-C become a request that the loop answers between two steps."""
+"""Ending a run from outside: SIGTERM, SIGHUP and Ctrl-C are requests, answered between two steps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import signal
 import threading
 from types import FrameType
 
+HANG_UP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # a terminal that was closed
+
 
 class StopRequest:
-    """While entered, SIGTERM and the first Ctrl-C only set :attr:`signal`.
+    """While entered, SIGTERM, SIGHUP and the first Ctrl-C only set :attr:`signal`.
 
-    A second Ctrl-C interrupts as usual.
+    A second Ctrl-C interrupts as usual. SIGHUP stays ignored where it is, as under nohup.
     """
 
     def __init__(self) -> None:
@@ -19,7 +21,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be handled
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, *HANG_UP):
+                if number in HANG_UP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._request)
         return self
 

@@ -17,9 +17,8 @@ from moco_fast.data.datasets import load_dataset
 from moco_fast.data.images import Dataset
 from moco_fast.data.loader import BatchLoader
 from moco_fast.distributed import check_agreement, from_all, largest, rank, world_size
-from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.evaluate.probe import KnnProbe
-from moco_fast.extras import extra
+from moco_fast.extras import new_console
 from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.method import Method
 from moco_fast.models.moco import MoCo
@@ -43,10 +42,11 @@ from moco_fast.train.meter import Meter
 from moco_fast.train.methods import METHODS, Facts, Views
 from moco_fast.train.presets import moved_to
 from moco_fast.train.processes import first_on_machine, joined, on_rank_0
-from moco_fast.train.record import METRICS_FILE, Recorder
-from moco_fast.train.run import Resume, open_run
+from moco_fast.train.record import Recorder, draw_curves
+from moco_fast.train.run import FolderLock, Resume, open_run
 from moco_fast.train.schedule import learning_rate
 
+NEEDED = {"step", "accuracy", "views", "random", "shuffle", "queues"}  # of a checkpoint to resume
 KNN_MEASUREMENTS = 4  # during a run whose config leaves the choice
 
 
@@ -93,18 +93,18 @@ def pretrain(
         Disagreement: the processes were given different arguments or hold different queues.
         PeerFailedError: another process died or failed.
     """
-    with joined(config.device):
-        return _pretrain(config, out, resume, console or extra("rich.console").Console())
+    with joined(config.device), FolderLock() as lock:
+        return _pretrain(config, out, resume, console or new_console(), lock)
 
 
-def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -> Outcome:
+def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, lock: FolderLock) -> Outcome:
     everywhere = console
     if rank() > 0:
-        console = extra("rich.console").Console(quiet=True)
+        console = new_console(quiet=True)
     run = open_run(config, out, resume)
     config, saved = run.config, run.saved
-    if saved is not None and (missing := {"shuffle", "random", "queues"} - saved["moco_fast"].keys()):
-        raise checkpoints.CheckpointError(f"{out} is of another version: it lacks {sorted(missing)}")
+    if saved is not None and (missing := NEEDED - saved["moco_fast"].keys()):
+        raise checkpoints.CheckpointError(f"the checkpoint in {out} lacks {', '.join(sorted(missing))}")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
@@ -130,6 +130,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
     )  # fmt: skip
     steps_per_epoch = len(loader)
     run.check_epochs(config, steps_per_epoch)
+    data = {"images": counts, "classes": dataset.class_names, "mean": mean, "std": std}
+    run.tell_changes(config, data, console.print)
     total = config.epochs * steps_per_epoch
     two_crops = TwoCrops(config.augment, mean, std, config.augment_second)
     randomness = torch.Generator(device).manual_seed(config.seed)
@@ -153,7 +155,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
             _restore_queue(model, saved["moco_fast"], config)
         if isinstance(model, MemoryBank) and (negatives := saved["moco_fast"].get("negatives")) is not None:
             model.generator.set_state(negatives)
-    run.describe(config, dataset=dataset.note)
+    run.describe(config, lock, dataset=dataset.note)
 
     # kNN accuracy of pixels and of the untrained encoder: what the training has to beat
     probe = KnnProbe(
@@ -185,6 +187,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
             "channels": channels,
             "mean": list(mean),
             "std": list(std),
+            "images": list(counts),
+            "classes": list(dataset.class_names),
             "accuracy": accuracy,
             "collapse": alarm.state(),
             "shuffle": model.shuffle.state() if isinstance(model, MoCo) else None,
@@ -196,7 +200,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
             facts=facts,
         )  # fmt: skip
 
-    recorder = Recorder(out if rank() == 0 else None, step)
+    recorder = Recorder(out if rank() == 0 else None, step, console.print)
     keys_per_image = row.keys_per_image(config)
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
@@ -283,7 +287,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any) -
     else:
         on_rank_0(lambda: probe.gallery(model, out / "neighbours.png"))
     if step > 0:
-        on_rank_0(lambda: plot_curves(out / METRICS_FILE, out / "curves.png"))
+        on_rank_0(lambda: draw_curves(out, console.print))
     return Outcome(out, step, ended_by, alarm.told, accuracy)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.extras import extra
 from moco_fast.files import write_text
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 
 
 class Recorder:
@@ -17,22 +20,20 @@ class Recorder:
 
     Args:
         folder: the run folder, or None to record nothing.
+        say: told, once each, of what cannot be written any more; the run goes on without it.
         step: records after this step, left by a run that died past its last checkpoint, are dropped; at
             step 0 all there are.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0) -> None:
+    def __init__(self, folder: Path | None, step: int = 0, say: Callable[[str], object] = print) -> None:
         self._file: Any = None
         self._board: Any = None
+        self._say = say
         if folder is None:
             return
         path = folder / METRICS_FILE
-        kept = (
-            [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            if step and path.exists()
-            else []
-        )
-        write_text(path, "".join(line + "\n" for line in kept))
+        before = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
+        write_text(path, "".join(line + "\n" for line in before.splitlines() if _step_of(line) <= step))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
         tensorboard = extra("torch.utils.tensorboard")
         self._board = tensorboard.SummaryWriter(
@@ -41,17 +42,34 @@ class Recorder:
 
     def write(self, step: int, **values: Any) -> None:
         """Record values of a step."""
-        if self._file is None:
-            return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        if self._file is not None:
+            try:
+                self._file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError as error:
+                self._say(f"Step {step}: {self._file.name} gets no more records: {error}")
+                self._file = None
+        if self._board is not None:
+            try:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError as error:
+                self._say(f"Step {step}: TensorBoard gets no more records: {error}")
+                self._board = None
 
     def close(self) -> None:
         """Flush and close both."""
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        for part in (self._file, self._board):
+            if part is not None:
+                with suppress(OSError):
+                    part.close()
+
+
+def draw_curves(folder: Path, say: Callable[[str], object]) -> None:
+    """Write ``curves.png`` of what was recorded; where that cannot be done the run has not failed."""
+    try:
+        plot_curves(folder / METRICS_FILE, folder / CURVES_FILE)
+    except (OSError, ValueError) as error:
+        say(f"No {CURVES_FILE}: {error}")
 
 
 def _step_of(line: str) -> float:

@@ -10,7 +10,8 @@ Tests: tests/test_run.py, tests/test_train_processes.py, tests/test_finetune.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -28,6 +29,11 @@ from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.meter import NonFiniteLossError, check_weights
 from moco_fast.train.processes import launch, may_restart, on_rank_0, restarted
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CONFIG_FILE = "config.json"
 Resume = bool | Literal["auto", "restart"]
 C = TypeVar("C", PretrainConfig, FinetuneConfig)
@@ -40,6 +46,38 @@ SHAPING = ("arch", "width", "dim", "queue_size", "mlp_dim", "pred_dim", "prototy
 COUNTED = ("batch_size", "data", "labels_fraction")
 # and those of an optimizer that may change: they stand in its state, but the config's are taken.
 TUNED = ("weight_decay", "momentum", "lr_scale")
+
+
+class FolderLock:
+    """While entered, what :meth:`take` took is this process's alone; the system frees it when it dies.
+
+    Where the file system knows no locks there is none.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def take(self, folder: Path) -> None:
+        """Lock a folder, made if it is not there; FileExistsError if another process has it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"out {str(folder)!r} is being written by another process: wait for it, or choose another"
+            ) from error
+        except OSError:
+            pass  # network file systems without locks
 
 
 @dataclass(frozen=True)
@@ -58,8 +96,13 @@ class Run(Generic[C]):
     saved: dict[str, Any] | None
     asked: dict[str, Any]
 
-    def describe(self, config: C, **more: str) -> None:
-        """Write ``config.json``: what the run made of its arguments, and whose the folder is from now on."""
+    def describe(self, config: C, lock: FolderLock, **more: str) -> None:
+        """Write ``config.json``: what the run made of its arguments, and whose the folder is from now on.
+
+        Raises:
+            FileExistsError: another process is writing there.
+        """
+        on_rank_0(lambda: lock.take(self.folder))
         begun = {"launch": launch(), "asked": self.asked}
         text = json.dumps(config.to_dict() | more | {"begun": begun}, indent=2) + "\n"
         on_rank_0(lambda: write_text(self.folder / CONFIG_FILE, text))
@@ -67,15 +110,34 @@ class Run(Generic[C]):
     def check_epochs(self, config: C, steps_per_epoch: int) -> None:
         """Raise CheckpointError if the steps of an epoch are others: the step tells where a run is."""
         before = self.saved["moco_fast"].get("steps_per_epoch") if self.saved else None
-        if before is None or before == steps_per_epoch:
+        if before is None:
             return
         assert self.saved is not None
-        changed = differences(config.to_dict(), config_of(self.saved, type(config), self.folder), COUNTED)
+        trained, done = config_of(self.saved, type(config), self.folder), self.saved["moco_fast"]["step"]
+        if before == steps_per_epoch and trained["batch_size"] == config.batch_size:
+            if done > config.epochs * steps_per_epoch:
+                raise CheckpointError(
+                    f"epochs must be at least {done / steps_per_epoch:g}, which the run in {self.folder} has "
+                    f"done, got {config.epochs}"
+                )
+            return
+        changed = differences(config.to_dict(), trained, COUNTED)
         raise CheckpointError(
             f"{changed or 'other images'}: an epoch would have {steps_per_epoch} steps, and the run in "
-            f"{self.folder} has done {self.saved['moco_fast']['step']} of epochs of {before}. It continues "
+            f"{self.folder} has done {done} of epochs of {before}. It continues "
             "with epochs as they were: leave this option out or start a new run"
         )
+
+    def tell_changes(self, config: C, data: Mapping[str, Any], say: Callable[[str], object]) -> None:
+        """Say what is not as in the checkpoint: options, and the facts of the data."""
+        if self.saved is None:
+            return
+        options = differences(config.to_dict(), config_of(self.saved, type(config), self.folder))
+        if options:
+            say(f"Resumed with other options: {options}")
+        then = {name: value for name, value in self.saved["moco_fast"].items() if name in data}
+        if images := differences(data, then):
+            say(f"The images are not those that the run has trained on: {images}")
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, views: torch.Generator) -> int:
         """Load the weights, the optimizer and all random states of the checkpoint; returns its step.
@@ -212,6 +274,8 @@ def config_of(
         raise CheckpointError(
             f"{where} is a fine-tuning run: resume it with moco-fast finetune --resume {where}"
         )
+    if "config" not in own:
+        raise CheckpointError(f"the checkpoint in {where} lacks its config")
     return own["config"]
 
 
