@@ -243,8 +243,8 @@ def test_records_that_cannot_be_written_end_no_run(tmp_path):
     told = []
     recorder = Recorder(tmp_path / "run", 1, told.append)
     recorder._file.close()
-    with open("/dev/full", "w", buffering=1) as recorder._file:
-        recorder.write(2, loss=1.0)
-        recorder.write(3, loss=1.0)
+    recorder._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    recorder.write(2, loss=1.0)
+    recorder.write(3, loss=1.0)
     recorder.close()
-    assert len(told) == 1 and "/dev/full gets no more records" in told[0]
+    assert len(told) == 1 and "gets no more records" in told[0]
