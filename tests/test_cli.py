@@ -55,6 +55,14 @@ def test_pretrain_then_knn_then_resume(tmp_path, capsys):
     assert f"{saved['accuracy']['trained']:.2%}" in capsys.readouterr().out
 
 
+def test_a_second_view_of_its_own(tmp_path):
+    out = str(tmp_path / "run")
+    assert main([*TINY, "--augment.gray-p", "0.1", "--augment-second.blur-p", "0.7", "--out", out]) == 0
+    config = checkpoint.read(out)["moco_fast"]["config"]
+    assert config["augment"]["gray_p"] == 0.1 and config["augment_second"]["blur_p"] == 0.7
+    assert config["augment"]["blur_p"] != 0.7
+
+
 def test_a_directory_with_the_name_of_a_dataset(tmp_path, monkeypatch):
     """``./digits`` is the directory, with the recipe of directories; the run remembers where it is."""
     for label in "ab":

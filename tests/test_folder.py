@@ -1,5 +1,7 @@
 """Folders of images: labels, splits, and files that cannot be read."""
 
+import os
+
 import pytest
 import torch
 from images import broken_pixels, write_image
@@ -88,6 +90,15 @@ def test_unreadable_files_are_skipped_counted_and_named(tmp_path):
     assert len(load_dataset(tmp_path, canvas=8, log=lines.append).train) == 4
     assert lines[0] == "Skipped 7 image files that cannot be read:" and len(lines) == 7
     assert "bad0.jpg" in lines[1] and lines[-1].endswith("2 more")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    for i in range(4):
+        write_image(tmp_path / f"{i}.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    lines = []
+    assert len(load_dataset(tmp_path, canvas=8, log=lines.append).train) == 4
+    assert lines[0].startswith("Skipped 1 image file ") and "pipe.png: a pipe" in lines[1]
 
 
 def test_broken_pixels_are_left_out_when_decoding_once(tmp_path):

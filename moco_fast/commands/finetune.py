@@ -29,7 +29,7 @@ class Finetune:
     examples:
       moco-fast finetune runs/NAME                               all labels of the data it was trained on
       moco-fast finetune runs/NAME --labels-fraction 0.01        one label in a hundred
-      moco-fast finetune runs/NAME --from-scratch           the same without the pretraining
+      moco-fast finetune runs/NAME --from-scratch                the same without the pretraining
       moco-fast finetune vit-s-300ep.pth.tar --data imagenet/ --optimizer adamw --layer-decay 0.65
                          --crop-scale 0.08 1 --label-smoothing 0.1 --epochs 100 --warmup-epochs 5
       moco-fast finetune --resume runs/finetune-NAME             continue where a run stopped

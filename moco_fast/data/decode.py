@@ -9,6 +9,7 @@ Tests: tests/test_decode.py.
 from __future__ import annotations
 
 import os
+import stat
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ def check_header(path: str | bytes) -> str | None:
     """Open a file without decoding it; the reason where it is not an image."""
     image_module = extra("PIL.Image")
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # opening it would wait for somebody to write
+            return "a pipe"
         with image_module.open(os.fsdecode(path)):
             return None
     except Exception as error:  # Pillow's plugins raise whatever their parsers meet

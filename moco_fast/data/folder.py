@@ -187,7 +187,7 @@ def _suffix(file: str) -> str:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Files below ``root``, relative, in a fixed order, none hidden, no pipes; links are followed once."""
+    """Files below ``root``, relative, in a fixed order, none hidden; links are followed once."""
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -198,8 +198,7 @@ def _walk(root: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         relative = os.path.relpath(folder, root)
         for name in sorted(names):
-            path = os.path.join(folder, name)
-            if not name.startswith(".") and (os.path.isfile(path) or not os.path.exists(path)):  # no pipe
+            if not name.startswith("."):
                 yield name if relative == os.curdir else os.path.join(relative, name)
 
 
