@@ -1,8 +1,10 @@
-# Every target sets up what it needs in .venv; PYTHON chooses the interpreter it is made from.
+# Every target sets up what it needs in .venv; PYTHON chooses the interpreter it is made from, after "make clean".
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Two targets at once would install into one environment at once.
+.NOTPARALLEL:
 .PHONY: pretrain test lint format bench gpu-check clean
 
 pretrain: $(VENV)/train.stamp

@@ -16,12 +16,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # this short, it takes about twice as long then, and 5 % longer on an idle machine.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         from moco_fast import commands
     except ImportError as error:
+        if argv[:1] == ["doctor"]:  # which tells what is missing, and whether there are compiled kernels
+            from moco_fast import doctor
+
+            print(*(f"{what}: {state}" for what, state in doctor.report()), sep="\n")
         print(f"moco-fast: {error}. Install what it needs with: {INSTALL}", file=sys.stderr)
         return 2
-    return commands.run(list(sys.argv[1:] if argv is None else argv))
+    return commands.run(argv)
 
 
 if __name__ == "__main__":

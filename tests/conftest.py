@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -80,11 +81,17 @@ def interpreter_fault():
     """Why Triton's interpreter does not work here, or None."""
     import numpy
     import triton as compiler
+    from triton.runtime import interpreter
 
+    version = tuple(map(int, compiler.__version__.split(".")[:2]))
+    if version < (3, 6):  # it takes the strides of descriptors, in elements, for bytes
+        interpreter.TensorDescHandle.validate = lambda self: None
     try:
-        int(numpy.ones(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            int(numpy.ones(1))
     except TypeError:  # from NumPy 2.5 on; the interpreter then fails in `range` of values it computed
-        if tuple(map(int, compiler.__version__.split(".")[:2])) < (3, 7):
+        if version < (3, 7):
             return f"the interpreter of Triton {compiler.__version__} needs NumPy below {numpy.__version__}"
     return None
 

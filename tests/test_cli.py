@@ -172,3 +172,12 @@ def test_missing_torchvision_is_named(monkeypatch, tmp_path):
     assert "pip install '.[train]' in a checkout" in download.with_torchvision("CIFAR10", tmp_path, 1)
     with pytest.raises(ImportError, match=r"nothing_at_all is needed here .*: pip install '.\[train\]' in a"):
         extra("nothing_at_all")
+
+
+def test_doctor_without_the_extra(monkeypatch, capsys):
+    """It tells what is missing, also that its own table is."""
+    monkeypatch.setitem(sys.modules, "moco_fast.commands", None)
+    assert main(["doctor"]) == 2
+    told = capsys.readouterr()
+    assert re.search(r"^torchvision: ", told.out, re.MULTILINE) and "backend: " in told.out
+    assert "Install what it needs with: pip install" in told.err

@@ -322,7 +322,7 @@ class MoCo(Method, KeyQueue):
         labels: Tensor | None = None,  # of the images whose keys they are
     ) -> None:
         """Enqueue the keys of a step; those of its earlier parts wait for the last."""
-        self._waiting.append([part._replace(labels=labels) for part in keys])
+        self._waiting.append([Keys(part.rows, part.order, labels) for part in keys])
         if len(self._waiting) == self.accumulation_steps:
             self.end_step()
 
