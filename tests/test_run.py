@@ -20,7 +20,7 @@ from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
 from moco_fast.train.loop import pretrain
 from moco_fast.train.record import Recorder
-from moco_fast.train.run import resume_or_begin
+from moco_fast.train.run import FolderLock, resume_or_begin
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +248,25 @@ def test_records_that_cannot_be_written_end_no_run(tmp_path):
     recorder.write(3, loss=1.0)
     recorder.close()
     assert len(told) == 1 and "gets no more records" in told[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # this process has threads; the child uses none
+def test_a_forked_worker_does_not_keep_the_folder(tmp_path):
+    """It may live some seconds longer than a run that was killed, which torchrun starts again at once."""
+    ready, tell_ready = os.pipe()
+    end, tell_end = os.pipe()
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+        if not (child := os.fork()):
+            os.write(tell_ready, b"x")
+            os.read(end, 1)
+            os._exit(0)
+    try:
+        os.read(ready, 1)
+        with FolderLock() as again:
+            again.take(tmp_path)
+    finally:
+        os.write(tell_end, b"x")
+        os.waitpid(child, 0)
+        for descriptor in (ready, tell_ready, end, tell_end):
+            os.close(descriptor)

@@ -58,11 +58,18 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> FolderLock:
+        _locks.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _locks.discard(self)
+        self.close()
+
+    def close(self) -> None:
+        """Give it back; in a forked process, which shares the lock, leave it to the parent alone."""
         if self._descriptor is not None:
             os.close(self._descriptor)
+            self._descriptor = None
 
     def take(self, folder: Path) -> None:
         """Lock a folder, made if it is not there; FileExistsError if another process has it."""
@@ -78,6 +85,19 @@ class FolderLock:
             ) from error
         except OSError:
             pass  # network file systems without locks
+
+
+_locks: set[FolderLock] = set()
+
+
+def _leave_locks_to_parent() -> None:
+    for lock in _locks:
+        lock.close()
+
+
+# Workers that outlive a killed run for some seconds must not keep what starts it again from its folder.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 @dataclass(frozen=True)
