@@ -94,7 +94,8 @@ def by_hand(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """One buffer of logits, which becomes their gradient in place; two or three products."""
     q_norm, k_norm = (x.norm(dim=2, keepdim=True).clamp_min_(1e-12) for x in (q, k))
     q_hat, k_hat = q / q_norm, k / k_norm
-    p = torch.bmm(q_hat, k_hat.mT).div_(TEMPERATURE).softmax(dim=2)
+    logits = torch.bmm(q_hat, k_hat.mT).div_(TEMPERATURE)
+    p = logits.sub_(logits.logsumexp(dim=2, keepdim=True)).exp_()
     own = p.diagonal(dim1=1, dim2=2)
     loss = -2 * TEMPERATURE / q.shape[1] * own.log().sum()
     own.sub_(1)

@@ -53,11 +53,12 @@ def with_gradient(
 
 @torch.no_grad()
 def by_hand(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    """One buffer of logits, which becomes their gradient in place; two products."""
+    """The logits become probabilities in place; two products."""
     z = torch.cat([z1, z2])
     norm = z.norm(dim=1, keepdim=True).clamp_min_(1e-12)
     z_hat = z / norm
-    p = torch.mm(z_hat, z_hat.t()).div_(TEMPERATURE).fill_diagonal_(float("-inf")).softmax(dim=1)
+    logits = torch.mm(z_hat, z_hat.t()).div_(TEMPERATURE).fill_diagonal_(float("-inf"))
+    p = logits.sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()
     own = [p.diagonal(offset) for offset in (len(z1), -len(z1))]
     loss = -sum(probability.log().sum() for probability in own) / len(z)
     for probability in own:

@@ -49,7 +49,7 @@ class EagerMoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue_(self, keys: Tensor) -> None:
-        """Reads the pointer back, as the official class does; unlike it, wraps at any batch size."""
+        """Reads the pointer back, as the official class does; a batch may pass the end, unlike there."""
         start = int(self.queue_ptr)
         before_the_end = keys[: self.K - start]
         self.queue[:, start : start + len(before_the_end)] = before_the_end.t()

@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 from PIL import Image
 
+import moco_fast
 from moco_fast import backends
 from moco_fast.data import download
 from moco_fast.extras import extra
@@ -177,6 +178,7 @@ def test_missing_torchvision_is_named(monkeypatch, tmp_path):
 def test_doctor_without_the_extra(monkeypatch, capsys):
     """It tells what is missing, also that its own table is."""
     monkeypatch.setitem(sys.modules, "moco_fast.commands", None)
+    monkeypatch.delattr(moco_fast, "commands")
     assert main(["doctor"]) == 2
     told = capsys.readouterr()
     assert re.search(r"^torchvision: ", told.out, re.MULTILINE) and "backend: " in told.out

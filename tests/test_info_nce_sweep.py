@@ -344,7 +344,7 @@ def test_arguments_reach_the_compiled_module(monkeypatch):
     row = torch.zeros(1, 3)
     with pytest.raises(RuntimeError, match=r"info_nce: cuda[A-Za-z]+: "):
         native.info_nce_sweep(
-            q, k, queue, [row[0]] * 3, [row[..., None], row, row], 2, (1.0, 1.0, 15.0), False
+            q, k, queue, [row[0]] * 3, [row[..., None], row, row], 2, (1.0, 1.0, 15.0, 0.0), False
         )
 
 

@@ -4,6 +4,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sysconfig
 
 import emulated
 import pytest
@@ -38,6 +39,19 @@ def test_no_spills_and_no_product_waits_for_another(tmp_path):
         assert not hazards(code) and hazards(re.sub(r"WARPGROUP\.DEPBAR[^;]*", "NOP", code))
         assert "UTMALDG.2D" in fetching
         assert max(map(int, re.findall(r"\bR(\d+)\b", fetching))) < 24  # what setmaxnreg leaves it
+
+
+@pytest.mark.skipif(not emulated.CSRC.exists(), reason="an installed wheel has no sources")
+def test_bindings_give_every_field_of_the_arguments():
+    """The emulator fills them by itself, and the compiler only warns."""
+    pybind11 = pytest.importorskip("pybind11")
+    if not (compiler := shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    strict = ["-Wextra", "-Werror=missing-field-initializers", "-Werror=narrowing"]
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-DMOCO_FAST_CUDA", *strict, *includes]
+    done = subprocess.run([*command, emulated.CSRC / "bindings.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # What is wrong, the place in the kernel and what stands there then, and what is told; None: wrong sums.

@@ -96,9 +96,13 @@ def test_stop_and_resume_is_bit_equal(unbroken, tmp_path, monkeypatch, stop_at, 
         if step == stop_at:
             os.kill(os.getpid(), by)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Display, "advance", advance_and_stop)
-        stopped = run(tmp_path / "run")
+    ignored = signal.signal(by, signal.SIG_DFL)  # as SIGHUP is under nohup, and stays then
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Display, "advance", advance_and_stop)
+            stopped = run(tmp_path / "run")
+    finally:
+        signal.signal(by, ignored)
     assert stopped.interrupted == by and stopped.step == stop_at
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == stop_at
     torch.manual_seed(999)  # whatever happened to the generators in between

@@ -21,14 +21,14 @@ def lasting_output() -> Iterator[None]:
     that the encoding lacks, as of a file's name, are written as escapes.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_lasting, before)
+    now = sys.stdout, sys.stderr = _lasting(before[0]), _lasting(before[1])
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        sys.stdout, sys.stderr = before
+        for stream in now:
             if isinstance(stream, _Lasting):
                 stream.detach()  # or it would close the descriptor
-        sys.stdout, sys.stderr = before
 
 
 def _lasting(stream: TextIO) -> TextIO:

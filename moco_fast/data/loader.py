@@ -205,6 +205,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _leave_interrupts_to_parent(_: int) -> None:
-    """Ctrl-C, and SIGTERM from torchrun or SLURM, go to all processes; workers end when the parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """What ends a run goes to all its processes; workers go on until the parent ends."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

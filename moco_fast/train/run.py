@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -142,21 +142,26 @@ class Run(Generic[C]):
                 )
             return
         changed = differences(config.to_dict(), trained, COUNTED)
+        if before == steps_per_epoch:
+            raise CheckpointError(f"{changed}: the run in {self.folder} keeps its batches; start a new run")
         raise CheckpointError(
             f"{changed or 'other images'}: an epoch would have {steps_per_epoch} steps, and the run in "
             f"{self.folder} has done {done} of epochs of {before}. It continues "
             "with epochs as they were: leave this option out or start a new run"
         )
 
-    def tell_changes(self, config: C, data: Mapping[str, Any], say: Callable[[str], object]) -> None:
+    def tell_changes(
+        self, config: C, data: Mapping[str, Sequence[Any]], say: Callable[[str], object]
+    ) -> None:
         """Say what is not as in the checkpoint: options, and the facts of the data."""
         if self.saved is None:
             return
         options = differences(config.to_dict(), config_of(self.saved, type(config), self.folder))
         if options:
             say(f"Resumed with other options: {options}")
-        then = {name: value for name, value in self.saved["moco_fast"].items() if name in data}
-        if images := differences(data, then):
+        own = self.saved["moco_fast"]
+        then = {name: _coarse(own[name]) for name in data if name in own}
+        if images := differences({name: _coarse(values) for name, values in data.items()}, then):
             say(f"The images are not those that the run has trained on: {images}")
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, views: torch.Generator) -> int:
@@ -323,6 +328,11 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any], names: Iterable
         for name in (now if names is None else names)
         if name in now and name in then and now[name] != then[name]
     )
+
+
+def _coarse(values: Sequence[Any]) -> list[Any]:
+    """Without the digits that depend on the number of threads."""
+    return [round(value, 4) if isinstance(value, float) else value for value in values]
 
 
 def _begun(out: Path) -> dict[str, Any] | None:
