@@ -30,6 +30,9 @@ def pick(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+WRITTEN = ("*.md", "bench/results")
+
+
 def describe(threads: int, device: torch.device) -> dict[str, Any]:
     """Name, processor, instruction set, threads, load, versions, commit and date of this run."""
     cpu = _cpu_model()
@@ -76,10 +79,19 @@ def _isa() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, "-dirty" if files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit of the checkout, "-dirty" if code differs from it; None outside a checkout."""
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        # Documents and results are what benchmarks write, one after the other.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *map(_but, WRITTEN))
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    where, options = Path(__file__).parent, {"capture_output": True, "text": True, "check": True}
+    return subprocess.run(["git", *arguments], cwd=where, **options).stdout.strip()
+
+
+def _but(path: str) -> str:
+    return f":(top,exclude){path}"
