@@ -19,6 +19,7 @@ import moco_fast
 from bench import measure
 from bench.case import BY_HAND, OFFICIAL, OURS, PAIRS, REFERENCE, Case, Peer, bind, relative, serving
 from bench.compiling import compile_later
+from bench.info_nce_peers import through_norm
 
 TEMPERATURE = 0.1
 SIZES = {"cpu": [(256, 128)], "cuda": [(512, 128), (4096, 128)]}  # N, C
@@ -64,7 +65,7 @@ def by_hand(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     for probability in own:
         probability.sub_(1)
     dz_hat = torch.mm(p + p.t(), z_hat).div_(TEMPERATURE * len(z))
-    return loss, (dz_hat - z_hat * (z_hat * dz_hat).sum(dim=1, keepdim=True)) / norm
+    return loss, through_norm(dz_hat, z_hat, norm)
 
 
 def ours(backend: str, precision: str) -> Run:

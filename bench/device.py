@@ -16,6 +16,9 @@ import torch
 import moco_fast
 from moco_fast import native
 
+# Not documents and results, which benchmarks write, one after the other.
+CODE = (":/", ":(top,exclude)*.md", ":(top,exclude)bench/results")
+
 
 def pick(name: str) -> torch.device:
     """The device to measure: "auto" is the GPU if there is one.
@@ -28,9 +31,6 @@ def pick(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-WRITTEN = ("*.md", "bench/results")
 
 
 def describe(threads: int, device: torch.device) -> dict[str, Any]:
@@ -81,8 +81,7 @@ def _isa() -> str:
 def _commit() -> str | None:
     """The commit of the checkout, "-dirty" if code differs from it; None outside a checkout."""
     try:
-        # Documents and results are what benchmarks write, one after the other.
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *map(_but, WRITTEN))
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
         return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -91,7 +90,3 @@ def _commit() -> str | None:
 def _git(*arguments: str) -> str:
     where, options = Path(__file__).parent, {"capture_output": True, "text": True, "check": True}
     return subprocess.run(["git", *arguments], cwd=where, **options).stdout.strip()
-
-
-def _but(path: str) -> str:
-    return f":(top,exclude){path}"

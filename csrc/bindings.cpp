@@ -70,8 +70,7 @@ void dino(const PyDinoRows& rows, const PyDinoPrototypes& prototypes,
 
 #if defined(MOCO_FAST_CUDA)
 // (q, k, their dtype, queue, its dtype), (q_norm, k_norm, pos), (sums, totals, shifts, cosines, ranks), (n,
-// slots, features, shares, steps) and (scale, fixed_shift, offset, least) of
-// InfoNceSweep
+// slots, features, shares, steps) and (scale, fixed_shift, offset, least) of InfoNceSweep
 using PySweepRows = std::tuple<Address, Address, int, Address, int>;
 using PySweepPairs = std::tuple<Address, Address, Address>;
 using PySweepFound = std::tuple<Address, Address, Address, Address, Address>;

@@ -18,9 +18,8 @@ exponentials; at most SCRATCH_BYTES of partial sums written and read.
 
 Unit rows bound s by 1/T, so a constant shift replaces the running maximum where
 the exponentials of cosines around 0 fit the operand type (``FIXED_SHIFT_FROM``).
-A program walks its share again with a running maximum if they did not: if rows
-longer than 1 made sums infinite, or if the exponentials of a query are so small
-on average (``LEAST``) that fp16 holds too few of their digits.
+A program whose sums came out infinite, of rows longer than 1, or so small that
+fp16 held few of their digits (``LEAST``), walks again with a running maximum.
 
 On Hopper csrc/info_nce_sweep.h can take the place of ``_prepare`` and ``_sweep``: ``by_hand``.
 
@@ -59,6 +58,7 @@ from moco_fast.kernels.common import (
     through_norm,
     unit_rows,
 )
+from moco_fast.kernels.operands import aligned
 
 # (BLOCK_M, BLOCK_N, warps, stages, programs per multiprocessor) by (rows class, padded C).
 # Not measured on a GPU yet: chosen so that nothing spills and no wgmma waits for another (tests/test_aot.py).
@@ -299,15 +299,6 @@ def tune_case(key: tuple[str, int]) -> Callable[[Tiles], Callable[[], object]]:
     return lambda tiles: lambda: info_nce(q, k, queue, 0.07, "high", True, False, tiles)
 
 
-def _aligned(rows: Tensor) -> Tensor:
-    """Contiguous rows as TMA takes them: 16-byte aligned, a multiple of 16 bytes each; else a copy."""
-    rows = rows.view(-1).view(rows.shape)  # a single row may have any stride, and TMA looks at it
-    missing = -rows.shape[1] % 8
-    if missing:
-        return torch.nn.functional.pad(rows, (0, missing))
-    return rows.clone() if rows.data_ptr() % 16 else rows
-
-
 def _faster_by_hand(q: Tensor, queue: Tensor, precision: str) -> bool:
     return (
         q.is_cuda
@@ -337,7 +328,7 @@ def info_nce(
     """
     if by_hand is None:
         by_hand = tiles is None and _faster_by_hand(q, queue, precision)
-    q, k, queue = q.contiguous(), k.contiguous(), _aligned(queue.contiguous())
+    q, k, queue = q.contiguous(), k.contiguous(), aligned(queue.contiguous())
     n, features = q.shape
     slots, width = queue.shape
     operand = operand_dtype(precision)
@@ -376,7 +367,7 @@ def info_nce(
 
     if by_hand:
         native.info_nce_sweep(
-            _aligned(q), _aligned(k), queue, (q_norm, k_norm, pos),
+            aligned(q), aligned(k), queue, (q_norm, k_norm, pos),
             (sums, totals, shifts, *((cosines, ranks) if need_stats else ())),
             steps_per_share, (scale, scale - offset, offset, LEAST.value if offset else 0.0), online,
         )  # fmt: skip

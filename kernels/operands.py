@@ -19,6 +19,15 @@ class Operand(NamedTuple):
     low: Tensor  # what rounding took from ``high``, for precision "highest"; else ``high``
 
 
+def aligned(rows: Tensor) -> Tensor:
+    """Contiguous rows as TMA takes them: 16-byte aligned, a multiple of 16 bytes each; else a copy."""
+    rows = rows.view(-1).view(rows.shape)  # a single row may have any stride, and TMA looks at it
+    missing = -rows.shape[1] % 8
+    if missing:
+        return torch.nn.functional.pad(rows, (0, missing))
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
 def operand(
     x: Tensor,  # (D, R, C) raw
     precision: str,

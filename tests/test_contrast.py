@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import with_threads
+from features import far
 from largest import Largest
 from torch.nn import functional as F
 
@@ -97,11 +98,8 @@ def test_precisions_and_temperatures(backend, precision, temperature):
 @pytest.mark.parametrize("precision", checks.PRECISIONS)
 def test_queries_far_from_all_keys(backend, precision, cosine, temperature):
     """Under a fixed shift all their exponentials are small, and fp16 has few digits for small values."""
-    torch.manual_seed(0)
-    pole = F.normalize(torch.randn(64), dim=0)
-    beside = torch.randn(40, 64)
-    beside = F.normalize(beside - (beside @ pole)[:, None] * pole, dim=1)
-    q, k = (pole + 0.02 * torch.randn(20, 64))[None], (cosine * pole + (1 - cosine**2) ** 0.5 * beside)[None]
+    q, _, k = far(cosine, 20, 40, 64)
+    q, k = q[None], k[None]
     want, *gradients = formula(q, k, temperature, 7)
     rows, *found = fused(q, k, temperature, 7, precision)
     eps = torch.finfo(OPERAND[precision]).eps

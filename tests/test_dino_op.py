@@ -123,39 +123,36 @@ def test_logits_with_much_in_common(backend, shape):
     assert (found - want).abs().max() <= 2 * (eager - want).abs().max() + exact
 
 
-def masked(center):
-    """Inputs whose loss and gradients know nothing of the prototypes whose center is infinite."""
+MASKS = pytest.mark.parametrize("which", [slice(0, 96), slice(100, None), slice(3, 4)], ids=str)
+
+
+def assert_masked_are_ignored(which):
+    """Loss and gradients know nothing of the prototypes whose center is infinite."""
     student, teacher, prototypes, teacher_prototypes, _ = make(5, 300, 16)
+    center = torch.zeros(300)
+    center[which] = torch.inf
     inputs = student, teacher, prototypes, teacher_prototypes, center
-    return inputs, formula(*inputs, TEMPERATURES)
+    want = formula(*inputs, TEMPERATURES)
+    assert all(relative(*pair) < 1e-5 for pair in zip(fused(*inputs), want, strict=True))
 
 
-@pytest.mark.parametrize("which", [slice(0, 96), slice(100, None), slice(3, 4)], ids=str)
+@MASKS
 @pytest.mark.parametrize("block", [2**18, 64 * 5], ids=["whole", "blocks"])
 def test_masked_prototypes_of_the_reference(monkeypatch, which, block):
     monkeypatch.setattr("moco_fast.reference.distillation.BLOCK_LOGITS", block)
-    center = torch.zeros(300)
-    center[which] = torch.inf
-    inputs, want = masked(center)
     with moco_fast.use_backend("reference"):
-        assert all(relative(*pair) < 1e-5 for pair in zip(fused(*inputs), want, strict=True))
+        assert_masked_are_ignored(which)
 
 
-@pytest.mark.parametrize("which", [slice(0, 96), slice(100, None), slice(3, 4)], ids=str)
+@MASKS
 def test_masked_prototypes_of_the_kernels(isa, which):
-    center = torch.zeros(300)
-    center[which] = torch.inf
-    inputs, want = masked(center)
-    assert all(relative(*pair) < 1e-5 for pair in zip(fused(*inputs), want, strict=True))
+    assert_masked_are_ignored(which)
 
 
-@pytest.mark.parametrize("which", [slice(0, 96), slice(100, None), slice(3, 4)], ids=str)
+@MASKS
 def test_masked_prototypes(backend, which):
     """Of Triton's kernels whole tiles, the first of a share among them."""
-    center = torch.zeros(300)
-    center[which] = torch.inf
-    inputs, want = masked(center)
-    assert all(relative(*pair) < 1e-5 for pair in zip(fused(*inputs), want, strict=True))
+    assert_masked_are_ignored(which)
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 70])

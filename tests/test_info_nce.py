@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import with_threads
+from features import far
 from torch.nn import functional as F
 
 import moco_fast
@@ -205,27 +206,16 @@ def test_precisions(backend, precision, temperature):
         assert relative(dq, want_dq) <= bound + 1e-5
 
 
-def far_from(cosine, n, slots, c):
-    """Queries at about this cosine to every row of the queue, and keys that are rows of it."""
-    torch.manual_seed(0)
-    pole = F.normalize(torch.randn(c), dim=0)
-    beside = torch.randn(slots, c)
-    beside = F.normalize(beside - (beside @ pole)[:, None] * pole, dim=1)
-    queue = cosine * pole + (1 - cosine**2) ** 0.5 * beside
-    return pole + 0.02 * torch.randn(n, c), queue[:n] + 0.05 * torch.randn(n, c), queue
-
-
 @pytest.mark.parametrize("temperature", [0.05, 0.06, 0.07, 0.1, 0.2])
 @pytest.mark.parametrize("cosine", [-0.2, -0.6, -0.95])
 @pytest.mark.parametrize("precision", checks.PRECISIONS)
 def test_queries_far_from_all_of_the_queue(backend, precision, cosine, temperature):
     """Under a fixed shift all their exponentials are small, and fp16 has few digits for small values."""
-    q, k, queue = far_from(cosine, 5, 260, 64)
+    q, k, queue = far(cosine, 5, 260, 64)
     want, want_dq, _ = official(q, k, queue, temperature)
     rows, dq, _ = fused(q, k, queue, temperature, precision)
     eps = torch.finfo(OPERAND[precision]).eps
-    assert ((rows - want).abs() <= eps / temperature + 1e-5).all()
-    assert relative(dq, want_dq) <= eps + 2e-6
+    assert ((rows - want).abs() <= eps / temperature + 1e-5).all() and relative(dq, want_dq) <= eps + 2e-6
 
 
 def test_small_losses_keep_their_digits_at_every_precision(backend):

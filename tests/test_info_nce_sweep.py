@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import emulated
 import pytest
 import torch
-from test_info_nce import SCALE, far_from, make, official, relative
+from features import far
+from test_info_nce import SCALE, make, official, relative
 from torch.nn import functional as F
 
 import moco_fast
@@ -215,7 +216,7 @@ def test_long_rows_of_the_queue_take_the_running_maximum(op):
 @pytest.mark.parametrize("shape", [(5, 260), (70, 1030)], ids=str)
 def test_queries_far_from_all_of_the_queue_take_the_running_maximum(op, shape):
     """With the fixed shift fp16 has few digits for their exponentials."""
-    q, k, queue = far_from(-0.6, *shape, 128)
+    q, k, queue = far(-0.6, *shape, 128)
     queue = queue.half()
     want, want_dq, _ = official(q, k, queue, 0.07)
     rows, dq, *_ = op(q, k, queue, 0.07)

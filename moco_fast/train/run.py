@@ -122,10 +122,14 @@ class Run(Generic[C]):
         Raises:
             FileExistsError: another process is writing there.
         """
-        on_rank_0(lambda: lock.take(self.folder))
         begun = {"launch": launch(), "asked": self.asked}
         text = json.dumps(config.to_dict() | more | {"begun": begun}, indent=2) + "\n"
-        on_rank_0(lambda: write_text(self.folder / CONFIG_FILE, text))
+
+        def write() -> None:
+            lock.take(self.folder)
+            write_text(self.folder / CONFIG_FILE, text)
+
+        on_rank_0(write)
 
     def check_epochs(self, config: C, steps_per_epoch: int) -> None:
         """Raise CheckpointError if the steps of an epoch are others: the step tells where a run is."""
@@ -134,21 +138,20 @@ class Run(Generic[C]):
             return
         assert self.saved is not None
         trained, done = config_of(self.saved, type(config), self.folder), self.saved["moco_fast"]["step"]
-        if before == steps_per_epoch and trained["batch_size"] == config.batch_size:
-            if done > config.epochs * steps_per_epoch:
-                raise CheckpointError(
-                    f"epochs must be at least {done / steps_per_epoch:g}, which the run in {self.folder} has "
-                    f"done, got {config.epochs}"
-                )
-            return
         changed = differences(config.to_dict(), trained, COUNTED)
-        if before == steps_per_epoch:
+        if before != steps_per_epoch:
+            raise CheckpointError(
+                f"{changed or 'other images'}: an epoch would have {steps_per_epoch} steps, and the run in "
+                f"{self.folder} has done {done} of epochs of {before}. It continues "
+                "with epochs as they were: leave this option out or start a new run"
+            )
+        if trained["batch_size"] != config.batch_size:
             raise CheckpointError(f"{changed}: the run in {self.folder} keeps its batches; start a new run")
-        raise CheckpointError(
-            f"{changed or 'other images'}: an epoch would have {steps_per_epoch} steps, and the run in "
-            f"{self.folder} has done {done} of epochs of {before}. It continues "
-            "with epochs as they were: leave this option out or start a new run"
-        )
+        if done > config.epochs * steps_per_epoch:
+            raise CheckpointError(
+                f"epochs must be at least {done / steps_per_epoch:g}, which the run in {self.folder} has "
+                f"done, got {config.epochs}"
+            )
 
     def tell_changes(
         self, config: C, data: Mapping[str, Sequence[Any]], say: Callable[[str], object]
