@@ -23,8 +23,8 @@ class EagerMoCoV3(nn.Module):
     def __init__(self, base_encoder, dim=256, mlp_dim=4096, T=1.0):
         super().__init__()
         self.T = T
-        self.base_encoder = base_encoder(num_classes=dim)
-        self.momentum_encoder = base_encoder(num_classes=dim)
+        self.base_encoder = base_encoder(num_classes=mlp_dim)
+        self.momentum_encoder = base_encoder(num_classes=mlp_dim)
         for encoder in (self.base_encoder, self.momentum_encoder):
             width = getattr(encoder, self.head).in_features
             layers = perceptron(self.projector_layers, width, mlp_dim, dim, last_norm=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def one_gradient(reduction: str, wanted: bool) -> None:
 
 def number(name: str, value: object) -> float:
     """Return ``value`` as a float, or raise TypeError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # NumPy's are Real
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     return float(value)
 
@@ -60,12 +61,12 @@ def not_negative(name: str, value: object) -> float:
 
 
 def count(name: str, value: object, least: int = 1) -> int:
-    """Return ``value`` if it is an integer of at least ``least``, or raise."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return ``value`` as an int if it is an integer of at least ``least``, or raise."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+    return int(value)
 
 
 def seed(value: object) -> int:

@@ -112,7 +112,11 @@ def test_other_libraries_become_official(tmp_path, kind, library):
 def test_an_old_bank_of_lightly(tmp_path):
     """Its early versions saved the bank, (dim, K) or (K, dim)."""
     want, found = official("v2")["state_dict"], parts("v2")
-    for name, bank in (("criterion", found["queue"]), ("criterion.memory_bank", found["queue"].t())):
+    for name, bank in (
+        ("criterion", found["queue"]),
+        ("criterion.memory_bank", found["queue"].t()),
+        ("loss_fn.memory_bank", found["queue"].t()),
+    ):
         made = lightly("v2")
         made["state_dict"] |= {f"{name}.bank": bank, f"{name}.bank_ptr": found["queue_ptr"]}
         convert(saved(tmp_path / "l.ckpt", made), tmp_path / "o.pth", "official", arch=arch("v2"), force=True)

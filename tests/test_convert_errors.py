@@ -12,6 +12,7 @@ from torchvision import models
 
 from moco_fast.cli import main
 from moco_fast.convert.run import convert
+from moco_fast.models.moco import MoCo
 from moco_fast.train import checkpoint
 from moco_fast.train.pretrained import load_pretrained
 
@@ -59,6 +60,17 @@ def test_what_old_checkpoints_need(tmp_path):
     assert "--trust loads it all the same, runs what it asks for" in message
     convert(tmp_path / "in.pth", tmp_path / "out.pth", "official", trust=True)
     assert equal(torch.load(tmp_path / "out.pth", weights_only=True), official("vit"))
+
+
+def test_a_whole_model(tmp_path):
+    """Pickled as it is, which runs code when it is loaded; converted under its names with --trust."""
+    model = MoCo(models.resnet18, 16, 32)
+    torch.save(model, tmp_path / "in.pth")
+    with pytest.raises(checkpoint.CheckpointError, match="--trust loads it all the same"):
+        convert(tmp_path / "in.pth", tmp_path / "out.pth", "official")
+    convert(tmp_path / "in.pth", tmp_path / "out.pth", "official", trust=True)
+    held = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
+    assert equal(held, {f"module.{name}": value for name, value in model.state_dict().items()})
 
 
 def test_a_class_that_is_not_here(tmp_path, monkeypatch):

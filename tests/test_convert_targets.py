@@ -112,6 +112,19 @@ def test_detectron2(tmp_path, v2):
         assert np.array_equal(held["model"][detectron2_name(name)], value.numpy())
 
 
+def test_parameters_in_the_file(tmp_path, v2):
+    """As state_dict(keep_vars=True) gives them, which want a gradient."""
+    made = load(v2)
+    made["state_dict"] = {
+        name: nn.Parameter(value) if value.is_floating_point() else value
+        for name, value in made["state_dict"].items()
+    }
+    torch.save(made, tmp_path / "kept.pth")
+    convert(tmp_path / "kept.pth", tmp_path / "kept.pkl", "detectron2")
+    convert(v2, tmp_path / "plain.pkl", "detectron2")
+    assert (tmp_path / "kept.pkl").read_bytes() == (tmp_path / "plain.pkl").read_bytes()
+
+
 @pytest.mark.parametrize(("arch", "blocks"), [("resnet50", (3, 4, 6, 3)), ("resnet101", (3, 4, 23, 3))])
 def test_names_of_deep_resnets(arch, blocks):
     with torch.device("meta"):

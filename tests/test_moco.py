@@ -316,7 +316,7 @@ def test_bad_encoders():
     with pytest.raises(
         ValueError, match="must have a linear head named fc, head, classifier, heads; Sequential"
     ):
-        moco_fast.MoCo(lambda num_classes: nn.Sequential(nn.Linear(3, num_classes)), 16, 32)
+        moco_fast.MoCo(lambda num_classes: nn.Sequential(nn.Linear(3, num_classes)), 16, 32, mlp=True)
     with pytest.raises(ValueError, match="must return 16 features, its head has 10"):
         moco_fast.MoCo(lambda num_classes: TinyNet(), 16, 32)
 

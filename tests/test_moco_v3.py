@@ -134,6 +134,19 @@ def test_what_is_frozen_stays_in_both_encoders():
         assert not torch.equal(state[f"{encoder}.cls_token"], before[f"{encoder}.cls_token"])
 
 
+def test_what_is_frozen_later_is_followed():
+    """Layers that are frozen where both encoders differ, all of them too: the official loop goes on."""
+    want_model, model = build(EagerMoCoV3).double(), build().double()
+    for each in (want_model, model):
+        train(each, sgd(each), steps=3)
+        each.base_encoder.conv.load_state_dict({"weight": torch.ones(8, 3, 3, 3)})
+        each.base_encoder.conv.requires_grad_(False)
+        train(each, sgd(each), steps=3)
+        each.base_encoder.requires_grad_(False)
+        train(each, sgd(each), steps=3)
+    assert_same_state(model.state_dict(), want_model.state_dict(), rtol=1e-9, atol=1e-10)
+
+
 def test_steps_in_float32(backend):
     want_model, model = build(EagerMoCoV3), build()
     rounded = backend == "triton"  # operands in fp16; its interpreter is slow

@@ -54,7 +54,7 @@ class MoCo(moco.MoCo):
             return super().forward(im_q, im_k, return_loss=True, return_stats=return_stats)
         q, k, enqueue = self._encode(im_q, im_k, False, return_stats)
         loss, stats = ops.info_nce(q, k, self.negatives, self.T, reduction="none", return_stats=True)
-        rank = stats.rank.masked_fill(loss.isnan(), self.K)  # no comparison with a NaN holds
+        rank = stats.rank.masked_fill(loss.isnan(), len(self.rows))  # no comparison with a NaN holds
         snapshot = QueueSnapshot(self.rows)
         self._snapshots.add(snapshot)
         result = fused_logits(loss, rank, q, k, snapshot, self.T)
@@ -69,7 +69,7 @@ class MoCo(moco.MoCo):
     ) -> None:
         """Replace the oldest keys, saved for logits in use; see :meth:`moco_fast.KeyQueue.enqueue_`."""
         if self._snapshots:
-            slots = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % self.K
+            slots = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % len(self.rows)
             overwritten = slots, self.rows[slots]
             for snapshot in self._snapshots:
                 snapshot.save(*overwritten)
@@ -79,4 +79,10 @@ class MoCo(moco.MoCo):
             snapshot.version += self.queue._version - before
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"_snapshots": WeakSet()}  # a copy has given away no logits
+        state = super().__getstate__()
+        del state["_snapshots"]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._snapshots = WeakSet()  # a copy has given away no logits

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from moco_fast.models import heads
 
 
 class Method(nn.Module):
@@ -13,8 +16,12 @@ class Method(nn.Module):
 
     Attributes:
         encoder: what is pretrained and kept; a submodule, or a property that returns one of another name.
-        head: dotted path, inside the encoder, of what follows the pooled features.
+        head: dotted path, inside the encoder, of what follows the pooled features; "" if there is none.
+        UNCALLED: methods of the official class that ours does without: name, and what to do instead of
+            overriding it.
     """
+
+    UNCALLED: ClassVar[Mapping[str, str]] = {}
 
     head: str
 
@@ -24,6 +31,24 @@ class Method(nn.Module):
         def encoder(self) -> nn.Module:
             """Read-only here, so that a subclass may have either."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a method in a subclass that its ``forward``, if it is ours, would never call."""
+        super().__init_subclass__(**options)
+        if cls.forward.__module__.startswith("moco_fast."):
+            for base in cls.__bases__:
+                for name, instead in getattr(base, "UNCALLED", {}).items():
+                    if name in vars(cls):
+                        raise TypeError(f"{cls.__name__}.{name} would never be called: {instead}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module goes into a list of its own, behind what the class has by that name.
+        if isinstance(value, nn.Module) and hasattr(type(self), name):
+            raise TypeError(
+                f"{name!r} is a name of {type(self).__name__}'s own, behind which the module would be lost: "
+                "choose another"
+            )
+        super().__setattr__(name, value)
+
     def features(
         self,
         images: Tensor,  # (N, ...)
@@ -32,9 +57,12 @@ class Method(nn.Module):
 
         Returns:
             (N, F), without gradient. Uses the current mode: call ``eval()`` first.
+
+        Raises:
+            ValueError: the encoder has no head that :func:`moco_fast.models.heads.head_path` finds.
         """
         captured: list[Tensor] = []
-        head = self.encoder.get_submodule(self.head)
+        head = self.encoder.get_submodule(self.head or heads.head_path(self.encoder))
         hook = head.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0].detach()))
         try:
             with torch.no_grad():

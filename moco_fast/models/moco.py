@@ -6,9 +6,9 @@ Representation Learning", algorithm 1; Chen et al. 2020, "Improved Baselines".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class MoCo(Method, KeyQueue):
 
     Args:
         base_encoder: called as ``base_encoder(num_classes=dim)``, query first, then key. Its head
-            is ``fc``, ``head``, ``classifier`` or ``heads``.
+            is ``fc``, ``head``, ``classifier`` or ``heads``; only ``mlp`` and :meth:`features` need one.
         dim: features of the embedding.
         K: queue size; any batch up to K fits, dividing or not.
         m: momentum of the key encoder, in [0, 1].
@@ -71,6 +71,12 @@ class MoCo(Method, KeyQueue):
 
     # DDP would otherwise broadcast the queue, 33 MB, in every forward.
     _ddp_params_and_buffers_to_ignore: tuple[str, ...] = ("queue", "queue_ptr")
+    UNCALLED: ClassVar[Mapping[str, str]] = {
+        "_dequeue_and_enqueue": "override enqueue_(keys, order), which is given the keys of all ranks",
+        "_batch_shuffle_ddp": "without a process group nothing has to be put in its place; see shuffle_bn",
+        "_batch_unshuffle_ddp": "without a process group nothing has to be put in its place; see shuffle_bn",
+        "_build_projector_and_predictor_mlps": "MoCo v3 is MoCo_ResNet and MoCo_ViT",
+    }
 
     def __init__(
         self,
@@ -86,15 +92,13 @@ class MoCo(Method, KeyQueue):
         symmetric: bool = False,
         shuffle_bn: bool = True,
     ) -> None:
-        checks.count("K", K)
-        checks.fraction("m", m)
-        checks.temperature("T", T)
+        K, m, T = checks.count("K", K), checks.fraction("m", m), checks.temperature("T", T)
         checks.count("bn_splits", bn_splits)
         checks.one_of("queue_sync", queue_sync, ("global", "local"))
 
         # Drawn in the official order (query, key, MLPs, queue): one seed, one initial state.
-        encoder_q, head = steps.build_encoder(base_encoder, dim)
-        encoder_k, _ = steps.build_encoder(base_encoder, dim)
+        encoder_q, head = steps.build_encoder(base_encoder, dim, needs_head=mlp)
+        encoder_k, _ = steps.build_encoder(base_encoder, dim, needs_head=mlp)
         if mlp:
             heads.insert_mlp(encoder_q, head)
             heads.insert_mlp(encoder_k, head)
@@ -279,19 +283,27 @@ class MoCo(Method, KeyQueue):
                 k = _joined([self.encoder_k(images) for _, images in directions])
             return _joined([self.encoder_q(images) for images, _ in directions]), k, lambda: None
 
-        if self.shuffle.generator is None:  # the first step: agree once on a seed and an initial queue
-            self.shuffle.agree(self.queue_ptr.device)
-            if self.queue_sync == "global":
-                distributed.broadcast_(*self._shared_state())
-                self._outdate_mirror()
+        self._begin()
         # Images travel while the queries are encoded.
         exchanges = [self._exchange(images) if shuffles else None for _, images in directions]
         if not self._waiting and not self.ema_in_step:
-            self._update_key_encoder()
+            self._momentum_update_key_encoder()
         q = _joined([self.encoder_q(images) for images, _ in directions])
         with torch.no_grad():
             keys = [self._keys(images, way) for (_, images), way in zip(directions, exchanges, strict=True)]
         return q, _joined([own for own, _ in keys]), partial(self._end_part, [every for _, every in keys])
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._waiting = []  # keys of the state that is gone
+
+    def _begin(self) -> None:
+        """In the first step: agree once on a seed and an initial queue."""
+        if self.shuffle.generator is None:
+            self.shuffle.agree(self.queue_ptr.device)
+            if self.queue_sync == "global":
+                distributed.broadcast_(*self._shared_state())
+                self._outdate_mirror()
 
     def _shared_state(self) -> list[Tensor]:
         """What ranks with one queue have to hold alike."""
@@ -299,10 +311,6 @@ class MoCo(Method, KeyQueue):
 
     def _exchange(self, images: Tensor) -> distributed.Exchange:
         return distributed.Exchange(images, self.shuffle.plan(len(images), self.bn_splits, images.device))
-
-    def _update_key_encoder(self) -> None:
-        pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
-        steps.follow_(self.encoder_k, pairs, self.m)
 
     def _keys(self, images: Tensor, exchange: distributed.Exchange | None) -> tuple[Tensor, Keys]:
         """This rank's keys (N, dim); and those to enqueue, with the order to write them in."""
@@ -325,6 +333,32 @@ class MoCo(Method, KeyQueue):
         self._waiting.append([Keys(part.rows, part.order, labels) for part in keys])
         if len(self._waiting) == self.accumulation_steps:
             self.end_step()
+
+    # The official class's, for subclasses with a forward of their own. Ours calls the first of them alone.
+
+    @torch.no_grad()
+    def _momentum_update_key_encoder(self) -> None:
+        """``encoder_k <- m * encoder_k + (1 - m) * encoder_q``; buffers stay as they are."""
+        pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+        steps.follow_(self.encoder_k, pairs, self.m)
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self, keys: Tensor) -> None:
+        """Enqueue this rank's keys (N, dim) and, unless ``queue_sync`` is "local", those of all others."""
+        self._begin()
+        self.enqueue_(distributed.all_gather_rows(keys) if self.queue_sync == "global" else keys)
+
+    @torch.no_grad()
+    def _batch_shuffle_ddp(self, x: Tensor) -> tuple[Tensor, distributed.Exchange]:
+        """The images (N, ...) that this rank gets for its own; and what brings their keys back."""
+        self._begin()
+        exchange = self._exchange(x)
+        return exchange.images(), exchange
+
+    @torch.no_grad()
+    def _batch_unshuffle_ddp(self, x: Tensor, idx_unshuffle: distributed.Exchange) -> Tensor:
+        """The keys (N, dim) of this rank's own images, for those of the images that it got."""
+        return idx_unshuffle.keys_back(x)
 
 
 def _in_one(parts: Sequence[Keys]) -> Keys:

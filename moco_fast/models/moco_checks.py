@@ -36,13 +36,13 @@ def step(
 
 
 def _check_batch(model: MoCo, images: int) -> None:
-    enqueued = images
+    enqueued, K = images, len(model.rows)
     if model.training:
         enqueued *= model.accumulation_steps * (2 if model.symmetric else 1)
         enqueued *= distributed.world_size() if model.queue_sync == "global" else 1
-    if not 1 <= enqueued <= (model.K if model.training else enqueued):
+    if not 1 <= enqueued <= (K if model.training else enqueued):
         views = " of both views" if model.symmetric else ""
-        raise ValueError(f"the batch must hold 1 to K={model.K} images{views}, got {enqueued}")
+        raise ValueError(f"the batch must hold 1 to K={K} images{views}, got {enqueued}")
 
 
 def _check_encoders(model: MoCo, images: int) -> None:

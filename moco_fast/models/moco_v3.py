@@ -7,7 +7,7 @@ and section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -44,13 +44,13 @@ class MoCoV3(Method):
 
     Constructor, call, and the names and order of the state dict are the official ones, so scripts and
     checkpoints keep working; a process group is optional. The momentum encoder follows by its parameters
-    alone, those that are trained: statistics of its batch norms are its own.
+    alone: statistics of its batch norms are its own.
 
     Use :class:`MoCo_ResNet` or :class:`MoCo_ViT`, which differ in their MLPs.
 
     Args:
-        base_encoder: called as ``base_encoder(num_classes=dim)``, base first, then momentum encoder. Its
-            head is ``fc``, ``head``, ``classifier`` or ``heads``, where the projector replaces it.
+        base_encoder: called as ``base_encoder(num_classes=mlp_dim)``, base first, then momentum encoder.
+            Its head is ``fc``, ``head``, ``classifier`` or ``heads``, where the projector replaces it.
         dim: features of the embedding.
         mlp_dim: features of the hidden layers of projector and predictor.
         T: softmax temperature, above 0.
@@ -68,6 +68,11 @@ class MoCoV3(Method):
 
     PROJECTOR_LAYERS: ClassVar[int]
     PREDICTOR_NORM: ClassVar[bool]
+    UNCALLED: ClassVar[Mapping[str, str]] = {
+        "_build_projector_and_predictor_mlps": "set PROJECTOR_LAYERS and PREDICTOR_NORM, or replace modules "
+        "after the constructor",
+        "contrastive_loss": "both directions are one op; override forward",
+    }
 
     def __init__(
         self,
@@ -76,13 +81,13 @@ class MoCoV3(Method):
         mlp_dim: int = 4096,
         T: float = 1.0,
     ) -> None:
-        checks.count("mlp_dim", mlp_dim)
         super().__init__()
         self.T = checks.temperature("T", T)
-        self.dim = dim
-        # One seed, one initial state: drawn encoder by encoder, then the MLPs in the same order.
-        self.base_encoder, self.head = steps.build_encoder(base_encoder, dim)
-        self.momentum_encoder, _ = steps.build_encoder(base_encoder, dim)
+        self.dim = checks.count("dim", dim)
+        # One seed, one initial state: drawn encoder by encoder, then the MLPs in the same order. The head is
+        # of mlp_dim outputs for that alone.
+        self.base_encoder, self.head = steps.build_encoder(base_encoder, mlp_dim, name="mlp_dim")
+        self.momentum_encoder, _ = steps.build_encoder(base_encoder, mlp_dim, name="mlp_dim")
         linear = self.base_encoder.get_submodule(self.head)
         assert isinstance(linear, nn.Linear)
         hidden = [mlp_dim] * (self.PROJECTOR_LAYERS - 1)
@@ -144,10 +149,10 @@ class MoCoV3(Method):
         return loss, {name: (stats[0][name] + stats[1][name]) / 2 for name in stats[0]}
 
     def _update_momentum_encoder(self, m: float | Tensor) -> None:
-        both = zip(self.momentum_encoder.parameters(), self.base_encoder.parameters(), strict=True)
-        # Frozen ones, as position embeddings, are equal already, and would move apart by rounding.
-        pairs = [(momentum, base) for momentum, base in both if base.requires_grad]
-        steps.follow_(self.momentum_encoder, pairs, m)
+        both = list(zip(self.momentum_encoder.parameters(), self.base_encoder.parameters(), strict=True))
+        trained = [pair for pair in both if pair[1].requires_grad]
+        frozen = [pair for pair in both if not pair[1].requires_grad]  # as position embeddings
+        steps.follow_(self.momentum_encoder, trained, m, frozen)
 
     def _all_keys(
         self,

@@ -16,12 +16,20 @@ from moco_fast.reference import compute_dtype
 BLOCK = 2**22  # similarities in memory at a time, 16 MB in fp32
 
 
-def build_encoder(base_encoder: Callable[..., nn.Module], dim: int) -> tuple[nn.Module, str]:
-    """``base_encoder(num_classes=dim)``, and the dotted path of its head.
+def build_encoder(
+    base_encoder: Callable[..., nn.Module], outputs: int, *, name: str = "dim", needs_head: bool = True
+) -> tuple[nn.Module, str]:
+    """``base_encoder(num_classes=outputs)``, and the dotted path of its head.
+
+    Args:
+        base_encoder: what builds the encoder.
+        outputs: features that it returns.
+        name: what the method calls them.
+        needs_head: whether something is put in the head's place; without, an encoder may have none: "".
 
     Raises:
-        TypeError: not callable, or dim is not an integer.
-        ValueError: dim below 1, no head, or one that does not return dim features.
+        TypeError: not callable, or outputs is not an integer.
+        ValueError: outputs below 1, no head, or one that ends the encoder and returns other features.
     """
     if isinstance(base_encoder, nn.Module):
         raise TypeError(
@@ -30,15 +38,23 @@ def build_encoder(base_encoder: Callable[..., nn.Module], dim: int) -> tuple[nn.
         )
     if not callable(base_encoder):
         raise TypeError(
-            f"base_encoder must be callable as base_encoder(num_classes=dim), "
+            f"base_encoder must be callable as base_encoder(num_classes={name}), "
             f"got {type(base_encoder).__name__}"
         )
-    checks.count("dim", dim)
-    encoder = base_encoder(num_classes=dim)
-    head = heads.head_path(encoder)
-    width = encoder.get_submodule(head).out_features
-    if width != dim:
-        raise ValueError(f"base_encoder(num_classes={dim}) must return {dim} features, its head has {width}")
+    checks.count(name, outputs)
+    encoder = base_encoder(num_classes=outputs)
+    try:
+        head = heads.head_path(encoder)
+    except ValueError:
+        if needs_head:
+            raise
+        return encoder, ""
+    linear = encoder.get_submodule(head)
+    width = linear.out_features
+    if width != outputs and list(encoder.modules())[-1] is linear:
+        raise ValueError(
+            f"base_encoder(num_classes={outputs}) must return {outputs} features, its head has {width}"
+        )
     return encoder, head
 
 
@@ -80,9 +96,15 @@ def agree(model: nn.Module, check: Callable[[], dict[str, object]], device: torc
         device: of the images, whose autocast must be the same.
 
     Raises:
+        RuntimeError: the model is a replica of DataParallel, whose updates are thrown away.
         Disagreement: ranks were given different things, or one of them has a problem.
         Exception: in one process, what ``check`` raised.
     """
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError(
+            "torch.nn.DataParallel throws away what a step changes, the momentum encoder and the queue: use "
+            "DistributedDataParallel, one process per GPU"
+        )
     problem: Exception | None = None
     facts: dict[str, object] = {}
     try:
@@ -116,17 +138,23 @@ def check_shards(
         )
 
 
+@torch.no_grad()
 def follow_(
     target: nn.Module,
     pairs: Iterable[tuple[Tensor, Tensor]],  # parameters of the target, and of what they follow
     m: float | Tensor,
+    untrained: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> None:
     """``target <- m * target + (1 - m) * source``, of a module's parameters; FSDP2's shard by shard.
 
-    Before the target is used, and before what it follows is gathered.
+    Before the target is used, and before what it follows is gathered. ``untrained`` pairs, mostly equal, move
+    by ``(1 - m) (source - target)``, which keeps what is equal to the last bit; the average need not.
     """
-    targets, sources = zip(*pairs, strict=True)
-    ops.ema_update_(distributed.local_shards(targets), distributed.local_shards(sources), m)
+    trained = [distributed.local_shards(pair) for pair in pairs]
+    ops.ema_update_([own for own, _ in trained], [other for _, other in trained], m)
+    for pair in untrained:
+        own, other = distributed.local_shards(pair)
+        own.add_((other - own) * (1 - m))
     unshard: Any = getattr(target, "unshard", None)
     if unshard is not None:  # else FSDP2 gathers on a stream that has not waited for this
         unshard()

@@ -112,7 +112,7 @@ class SupMoCo(MoCo):
     ) -> None:
         """Replace the oldest keys and their labels; without labels they have none."""
         labels = self.queue_labels.new_full((len(keys),), -1) if labels is None else labels
-        slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
+        slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % len(self.rows)
         super().enqueue_(keys, order)
         self.queue_labels.index_copy_(0, slots, labels)
 

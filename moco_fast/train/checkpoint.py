@@ -107,6 +107,8 @@ def read(
         raise CheckpointError(
             f"{path} is truncated or no checkpoint; {expected}. Reason: {reason}"
         ) from error
+    if isinstance(loaded, nn.Module):  # pickled whole
+        loaded = loaded.state_dict()
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; {expected}")
     missing = [key for key in keys if key not in loaded]
@@ -140,7 +142,7 @@ def tensors(path: str | os.PathLike[str], state: Any) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise CheckpointError(f"{path} must hold tensors by name under state_dict")
-    plain = {plain_name(name): value for name, value in state.items()}
+    plain = {plain_name(name): value.detach() for name, value in state.items()}
     if len(plain) < len(state):
         twice = {name for name in state if name in plain and name != plain_name(name)} or set(state)
         raise CheckpointError(f"{path} holds tensors twice, wrapped and not: {shortened(sorted(twice))}")
