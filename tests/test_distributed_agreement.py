@@ -4,6 +4,7 @@ import copy
 import re
 import time
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -56,6 +57,10 @@ def other_dtype(model, im_q, im_k):
     return im_q, im_k.double()
 
 
+def other_dtype_of_queries(model, im_q, im_k):
+    return im_q.double(), im_k
+
+
 def other_layout(model, im_q, im_k):
     return im_q, im_k.contiguous(memory_format=torch.channels_last)
 
@@ -85,11 +90,15 @@ def attribute(name, value):
 
 
 CHANGES = {
-    "fewer images": (fewer, r"im_q must be the same on every rank, got \(8, 3, 8, 8\) on rank 0, \(6, "),
+    "fewer images": (fewer, r"im_q must be the same on every rank, got \(\(8, 3, 8, 8\), .*\(\(6, "),
     "not as many keys": (not_as_many_keys, "^rank 1: im_k must hold as many images as im_q, 8, got 7$"),
     "no images": (empty, "^rank 1: the batch must hold 1 to K=50 images, got 0"),
-    "smaller images": (smaller, r"im_q must be .* \(8, 3, 4, 8\) on rank 1"),
+    "smaller images": (smaller, r"im_q must be .* \(\(8, 3, 4, 8\), torch.float32\) on rank 1"),
     "another dtype": (other_dtype, r"im_k must be .* torch.float32, 'NCHW'\) on rank 0, .*torch.float64"),
+    "another dtype of queries": (
+        other_dtype_of_queries,
+        r"im_q must be .* got \(\(8, 3, 8, 8\), torch.float32",
+    ),
     "another layout": (other_layout, r"im_k must be .* 'NCHW'\) on rank 0, .* 'NHWC'\) on rank 1"),
     "T": (attribute("T", 0.5), "^T must be the same on every rank, got 0.2 on rank 0, 0.5 on rank 1$"),
     "bad T": (attribute("T", -1.0), "^rank 1: T must be finite and above 0, got -1.0$"),
@@ -179,6 +188,20 @@ def rank_queue_drifts(rank):
 def test_a_queue_that_drifted_is_found(tmp_path):
     found = ranks.run(3, rank_queue_drifts, folder=tmp_path)
     assert set(found) == {"the queue differs between ranks: not that of rank 0 on ranks 1, 2"}
+
+
+def rank_facts(rank):
+    try:
+        distributed.check_agreement({"T": (0.2, np.float64(0.2))[rank]})
+    except RuntimeError as error:
+        return str(error), distributed.to_rank_0(10 * rank)
+
+
+def test_facts_that_read_alike_are_told_apart(tmp_path):
+    """And what is sent to rank 0 arrives there alone."""
+    message = "T must be the same on every rank, got 0.2 on rank 0, np.float64(0.2) on rank 1"
+    assert ranks.run(2, rank_facts, folder=tmp_path) == [(message, [0, 10]), (message, [])]
+    assert distributed.to_rank_0(3) == [3]
 
 
 def rank_largest(rank):

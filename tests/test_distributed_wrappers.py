@@ -79,6 +79,26 @@ def test_compiled_encoders(under_ddp, tmp_path, how):
     assert_same(ranks.run(2, rank_wrapped, how, True, folder=tmp_path, seconds=300), under_ddp)
 
 
+def rank_local_queues(rank):
+    found = []
+    for wrap in (
+        DistributedDataParallel,
+        lambda m: DistributedDataParallel(torch.compile(m, backend="eager")),
+    ):
+        model = build(queue_sync="local")
+        found.append((train(wrap(model), own_part(rank), steps=3), model.queue.clone()))
+    return found
+
+
+def test_ddp_of_a_compiled_model_leaves_queues_alone(tmp_path):
+    """Its buffers have other names then, under which they are not broadcast either."""
+    found = ranks.run(2, rank_local_queues, folder=tmp_path)
+    for plain, compiled in found:
+        assert compiled[0] == pytest.approx(plain[0], rel=1e-5)
+        torch.testing.assert_close(compiled[1], plain[1])
+    assert not torch.equal(found[0][0][1], found[1][0][1])
+
+
 def rank_fused_ema(rank, how):
     model = build()
     wrapped = how(model)

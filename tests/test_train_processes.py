@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ranks
@@ -17,6 +19,7 @@ from PIL import Image
 from test_train import TINY, run
 
 from moco_fast import cli
+from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.train import checkpoint
 from moco_fast.train.display import Display
 
@@ -227,6 +230,61 @@ def test_sigterm_spares_the_workers_that_decode(tmp_path, monkeypatch):
     monkeypatch.setattr(Display, "advance", advance_and_signal)
     assert run(tmp_path / "run", config).interrupted == signal.SIGTERM
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == 8
+
+
+def rank_with_its_own_folder(rank, folder):
+    """As on machines whose disks are their own."""
+    os.chdir(folder / f"machine{rank}")
+    try:
+        run(Path("run"), RECIPE, resume=True)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_processes_that_read_other_checkpoints_are_told(undisturbed, tmp_path):
+    for rank in range(2):
+        shutil.copytree(undisturbed[2], tmp_path / f"machine{rank}" / "run")
+    saved = checkpoint.read(tmp_path / "machine1" / "run")
+    saved["moco_fast"]["step"] -= 1
+    checkpoint.write_atomic(tmp_path / "machine1" / "run" / checkpoint.FILE_NAME, saved)
+    found = ranks.run(2, rank_with_its_own_folder, tmp_path, folder=tmp_path)
+    want = r"the checkpoint in run must be the same .* that of step 10, \w+ on rank 0, that of step 9, \w+ on"
+    assert found[0] == found[1] and re.match(want, found[0]), found
+
+
+def rank_drawing(rank, folder):
+    """What a process draws when it has resumed."""
+    drawn = []
+
+    def enough(*_):
+        drawn.append(float(torch.rand(())))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moco_fast.train.loop._restore_queue", enough)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, RECIPE, resume=True)
+    return drawn[0]
+
+
+def test_further_processes_draw_numbers_of_their_own(undisturbed, tmp_path):
+    found = ranks.run(4, rank_drawing, undisturbed[2], folder=tmp_path)
+    assert len(set(found)) == 4, found
+
+
+def test_a_checkpoint_is_there_before_a_measurement(tmp_path, monkeypatch):
+    """Which can take longer than whoever ends the run waits."""
+    accuracy = KnnProbe.accuracy
+
+    def killed(self, model, *arguments):
+        if model is not None and (tmp_path / "run" / "checkpoint.pth").exists():
+            raise KeyboardInterrupt
+        return accuracy(self, model, *arguments)
+
+    monkeypatch.setattr(KnnProbe, "accuracy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", replace(TINY, checkpoint_every=100))
+    assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == 4
 
 
 def rank_of_other_images(rank, folder):

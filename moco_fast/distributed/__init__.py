@@ -12,6 +12,7 @@ from moco_fast.distributed.agreement import (
     from_rank_0,
     largest,
     name_ranks,
+    to_rank_0,
 )
 from moco_fast.distributed.collectives import (
     all_gather_rows,
@@ -50,6 +51,7 @@ __all__ = [
     "rank",
     "reachable_interface",
     "scheme",
+    "to_rank_0",
     "use_scheme",
     "world_size",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,15 @@ def from_all(value: T) -> list[T]:
     return values
 
 
+def to_rank_0(value: T) -> list[T]:
+    """What every rank passed, by rank, on rank 0; nothing on the others; anything that can be pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size() if rank() == 0 else []
+    dist.gather_object(value, values or None, dst=0, group=_control_group())
+    return values
+
+
 def _differences(given: list[tuple[str | None, dict[str, object]]]) -> str:
     troubled: dict[str, list[int]] = {}
     for i, (problem, _) in enumerate(given):
@@ -116,9 +125,13 @@ def _differences(given: list[tuple[str | None, dict[str, object]]]) -> str:
     for name in given[0][1]:
         by_value: dict[str, list[int]] = {}
         for i, (_, facts) in enumerate(given):
-            by_value.setdefault(str(facts.get(name)), []).append(i)
+            by_value.setdefault(repr(facts.get(name)), []).append(i)
         if len(by_value) > 1:
-            shown = ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in by_value.items())
+            values = [given[ranks[0]][1].get(name) for ranks in by_value.values()]
+            texts = list(map(str, values)) if len(set(map(str, values))) > 1 else list(by_value)
+            shown = ", ".join(
+                f"{text} on {name_ranks(ranks)}" for text, ranks in zip(texts, by_value.values(), strict=True)
+            )
             parts.append(f"{name} must be the same on every rank, got {shown}")
     return "; ".join(parts)
 

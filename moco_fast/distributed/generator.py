@@ -39,4 +39,4 @@ class CommonGenerator:
     def set_state(self, state: Tensor) -> None:
         """Go on where :meth:`state` was taken."""
         self.generator = torch.Generator()
-        self.generator.set_state(state)
+        self.generator.set_state(state.cpu())  # wherever the checkpoint was loaded to

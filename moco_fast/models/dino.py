@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moco_fast import checks, distributed, ops
 from moco_fast.models import heads, steps
-from moco_fast.models.method import Method
+from moco_fast.models.method import Method, not_broadcast
 
 
 class DINO(Method):
@@ -47,7 +47,7 @@ class DINO(Method):
     center: Tensor
 
     # The same on all ranks since the first step; DDP would broadcast it in every forward.
-    _ddp_params_and_buffers_to_ignore = ("center",)
+    _ddp_params_and_buffers_to_ignore = not_broadcast("center")
 
     def __init__(
         self,

@@ -83,5 +83,5 @@ class EndToEnd(Method):
         return loss, steps.pair_stats(q, keys, first + torch.arange(len(q), device=q.device))
 
     def _facts(self, x1: Tensor, x2: Tensor) -> dict[str, object]:
-        checks.temperature("T", self.T)  # may have been set since the constructor
-        return steps.check_views(x1=x1, x2=x2) | {"T": self.T}
+        T = checks.temperature("T", self.T)  # may have been set since the constructor
+        return steps.check_views(x1=x1, x2=x2) | {"T": T}

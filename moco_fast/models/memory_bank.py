@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moco_fast import checks, distributed, ops
 from moco_fast.models import heads, steps
-from moco_fast.models.method import Method
+from moco_fast.models.method import Method, not_broadcast
 from moco_fast.models.nce import estimated_normaliser, nce
 
 LOSSES = ("info_nce", "nce")
@@ -59,7 +59,7 @@ class MemoryBank(Method):
     Z: Tensor
 
     # DDP would otherwise broadcast the bank in every forward.
-    _ddp_params_and_buffers_to_ignore = ("bank", "Z")
+    _ddp_params_and_buffers_to_ignore = not_broadcast("bank", "Z")
 
     def __init__(
         self,

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from moco_fast.models import heads
 
 
+def not_broadcast(*buffers: str) -> tuple[str, ...]:
+    """What ``_ddp_params_and_buffers_to_ignore`` has to name, also where torch.compile wraps the model."""
+    return (*buffers, *(f"_orig_mod.{name}" for name in buffers))
+
+
 class Method(nn.Module):
     """Base of all models. A subclass sets ``encoder`` and ``head`` when it is built.
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moco_fast import checks, distributed, ops
 from moco_fast.models import heads, moco_checks, steps
-from moco_fast.models.method import Method
+from moco_fast.models.method import Method, not_broadcast
 from moco_fast.norm import sees_neighbours, split_batchnorm
 from moco_fast.queue import KeyQueue
 
@@ -70,7 +70,7 @@ class MoCo(Method, KeyQueue):
     """
 
     # DDP would otherwise broadcast the queue, 33 MB, in every forward.
-    _ddp_params_and_buffers_to_ignore: tuple[str, ...] = ("queue", "queue_ptr")
+    _ddp_params_and_buffers_to_ignore = not_broadcast("queue", "queue_ptr")
     UNCALLED: ClassVar[Mapping[str, str]] = {
         "_dequeue_and_enqueue": "override enqueue_(keys, order), which is given the keys of all ranks",
         "_batch_shuffle_ddp": "without a process group nothing has to be put in its place; see shuffle_bn",

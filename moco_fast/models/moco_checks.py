@@ -69,12 +69,12 @@ def _facts(model: MoCo, im_q: Tensor, im_k: Tensor, shuffles: bool) -> dict[str,
         for name, x in travelling.items()
     }
     return {
-        "im_q": tuple(im_q.shape),
+        "im_q": (tuple(im_q.shape), im_q.dtype),
         **views,
         "K": model.K,
         "dim": model.rows.shape[1],
-        "T": model.T,
-        "m": model.m,
+        "T": float(model.T),  # however it is written
+        "m": float(model.m),
         "bn_splits": model.bn_splits,
         "queue_sync": model.queue_sync,
         "symmetric": model.symmetric,

@@ -166,7 +166,7 @@ class MoCoV3(Method):
 
     def _facts(self, x1: Tensor, x2: Tensor, m: float | Tensor) -> dict[str, object]:
         """What has to be the same on every rank; raises for what is wrong with a step."""
-        checks.temperature("T", self.T)  # it may have been set since the constructor
+        T = checks.temperature("T", self.T)  # it may have been set since the constructor
         shapes = steps.check_views(x1=x1, x2=x2)
         if self.training:
             steps.check_shards(self, "momentum_encoder", "base_encoder")
@@ -176,8 +176,8 @@ class MoCoV3(Method):
             checks.scalar_tensor("m", m, "momentum_encoder", beside)
             value = m.item() if m.device.type == "cpu" else "a tensor"
         if value != "a tensor":
-            checks.fraction("m", value)
-        return shapes | {"T": self.T, "m": value, "dim": self.dim}
+            value = checks.fraction("m", value)
+        return shapes | {"T": T, "m": value, "dim": self.dim}
 
 
 class MoCo_ResNet(MoCoV3):

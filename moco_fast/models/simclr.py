@@ -82,5 +82,5 @@ class SimCLR(Method):
         return loss, steps.pair_stats(flat, flat, index.roll(z.shape[1]), itself=index)
 
     def _facts(self, x1: Tensor, x2: Tensor) -> dict[str, object]:
-        checks.temperature("T", self.T)  # may have been set since the constructor
-        return steps.check_views(x1=x1, x2=x2, same_shape=True) | {"T": self.T}
+        T = checks.temperature("T", self.T)  # may have been set since the constructor
+        return steps.check_views(x1=x1, x2=x2, same_shape=True) | {"T": T}

@@ -59,7 +59,7 @@ def build_encoder(
 
 
 def check_views(*, least: int = 1, same_shape: bool = False, **views: object) -> dict[str, object]:
-    """Check the images of a step, given by name, and return their shapes by name.
+    """Check the images of a step, given by name, and return their shapes and dtypes by name.
 
     Args:
         least: images there have to be.
@@ -84,7 +84,7 @@ def check_views(*, least: int = 1, same_shape: bool = False, **views: object) ->
             raise ValueError(f"{name} must have the shape of {first}, {shape}, got {other}")
     if shape[0] < least:
         raise ValueError(f"{first} must hold at least {least} images, got shape {shape}")
-    return dict(shapes)
+    return {name: (shapes[name], images.dtype) for name, images in views.items()}  # type: ignore[attr-defined]
 
 
 def agree(model: nn.Module, check: Callable[[], dict[str, object]], device: torch.device | None) -> None:

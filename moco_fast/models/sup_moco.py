@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_fast import checks, distributed, ops
+from moco_fast.models.method import not_broadcast
 from moco_fast.models.moco import Keys, MoCo
 
 
@@ -36,7 +37,7 @@ class SupMoCo(MoCo):
 
     queue_labels: Tensor
 
-    _ddp_params_and_buffers_to_ignore = (*MoCo._ddp_params_and_buffers_to_ignore, "queue_labels")
+    _ddp_params_and_buffers_to_ignore = not_broadcast("queue", "queue_ptr", "queue_labels")
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ do not know of stands under ``moco_fast``.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
@@ -124,6 +125,14 @@ def read(
     return loaded
 
 
+def digest(path: str | os.PathLike[str]) -> str:
+    """What tells the checkpoint from another: a digest of the checksums of its parts."""
+    path = Path(path)
+    with zipfile.ZipFile(path / FILE_NAME if path.is_dir() else path) as archive:
+        sums = [(part.filename, part.CRC) for part in archive.infolist()]
+    return hashlib.blake2b(repr(sums).encode(), digest_size=4).hexdigest()
+
+
 def _check_sums(path: Path) -> None:
     """Raise ValueError for values that are not those that were written, which torch.load does not look at."""
     if zipfile.is_zipfile(path):
@@ -181,7 +190,7 @@ def run_state(
         step: done so far. "epoch" counts finished epochs, as in official files.
         steps_per_epoch: of the run.
         views: what views are drawn with.
-        random: :func:`random_state` of every process.
+        random: :func:`random_state` of every process, on rank 0.
         facts: what else ``moco_fast`` shall hold.
     """
     own = {

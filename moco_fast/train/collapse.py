@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moco_fast.distributed import all_gather_rows
+
 # Alarming below. A spread of 0.35 is a mean cosine of different images of 0.88; on a line the rank is 1.
 SPREAD, RANK = 0.35, 1.1
 PATIENCE = 50  # steps that it must last
@@ -35,19 +37,19 @@ class EmbeddingWatch:
     """
 
     def __init__(self, encoder: nn.Module) -> None:
-        self._latest: Tensor | None = None
+        self._seen: list[Tensor] = []
         encoder.register_forward_hook(self._keep)
 
     def _keep(self, encoder: nn.Module, inputs: object, output: Tensor) -> None:
         if encoder.training:
-            self._latest = output.detach()
+            self._seen.append(output.detach())
 
     def stats(self) -> dict[str, Tensor]:
-        """``spread`` and ``rank`` of the latest batch, 0-d tensors on its device."""
-        if self._latest is None:
+        """``spread`` and ``rank`` of what was made since the last call, on all ranks; 0-d, on its device."""
+        if not self._seen:
             raise RuntimeError("the encoder has not been called in training mode")
-        latest, self._latest = self._latest, None
-        return embedding_stats(latest)
+        seen, self._seen = torch.cat(self._seen), []
+        return embedding_stats(all_gather_rows(seen))
 
 
 @torch.no_grad()
@@ -69,9 +71,10 @@ def embedding_stats(
 def grace(
     total: int,  # steps of the run
     steps_per_epoch: int,
+    batch_size: int,
 ) -> int:
-    """Steps at the start of a run that are not judged."""
-    return min(total // 10, max(steps_per_epoch, GRACE))
+    """Steps at the start of a run that are not judged; all where the batch is a point or a line by itself."""
+    return total if batch_size < 3 else min(total // 10, max(steps_per_epoch, GRACE))
 
 
 class CollapseAlarm:

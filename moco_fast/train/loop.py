@@ -16,13 +16,13 @@ from moco_fast.data.augment import TwoCrops, random_view
 from moco_fast.data.datasets import load_dataset
 from moco_fast.data.images import Dataset
 from moco_fast.data.loader import BatchLoader
-from moco_fast.distributed import check_agreement, from_all, largest, rank, world_size
+from moco_fast.distributed import check_agreement, largest, rank, to_rank_0, world_size
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import new_console
 from moco_fast.models.memory_bank import MemoryBank
 from moco_fast.models.method import Method
 from moco_fast.models.moco import MoCo
-from moco_fast.norm import average_statistics_, sees_neighbours
+from moco_fast.norm import sees_neighbours
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import (
     build_model,
@@ -144,7 +144,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
     optimizer = build_optimizer(model, config)
 
-    alarm = CollapseAlarm(grace(total, steps_per_epoch), by_rank=not row.needs_labels)
+    alarm = CollapseAlarm(grace(total, steps_per_epoch, config.batch_size), by_rank=not row.needs_labels)
     accuracy: dict[str, float] = {}
     step = 0
     if saved is not None:
@@ -216,6 +216,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
             values["chance_loss"] = chance
         if keys_per_image and config.queue_size:
             keys = step * config.batch_size * keys_per_image
+            keys //= world_size() if config.queue_sync == "local" else 1
             values["queue_fill"] = min(1.0, keys / config.queue_size)
         recorder.write(step, **values)
         display.metrics(step, values)
@@ -254,23 +255,22 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
                     display.advance(step)
                     if step % config.log_every == 0 or step == total:
                         record()
-                    if step % knn_every == 0 and accuracy and step < total:
+                    if isinstance(model, MoCo) and step % config.verify_every == 0:
+                        model.verify_queue()
+                    stopped = largest(stop.signal or 0)[0]
+                    if stopped:
+                        break
+                    measures = step % knn_every == 0 and accuracy and step < total
+                    if measures or step % config.checkpoint_every == 0 or step == total:
                         record()
-                        average_statistics_(model)
+                        save()  # before measuring, for which whoever ends a run may not wait
+                    if measures:
                         knn = on_rank_0(lambda: probe.accuracy(model, config.knn_queries))
                         recorder.write(step, knn=knn)
                         display.say(
                             f"step {step}: kNN accuracy {knn:.1%} (raw pixels {accuracy['raw pixels']:.1%})"
                         )
                         meter.restart()  # measuring is not training
-                    if isinstance(model, MoCo) and step % config.verify_every == 0:
-                        model.verify_queue()
-                    stopped = largest(stop.signal or 0)[0]
-                    if stopped:
-                        break
-                    if step % config.checkpoint_every == 0 or step == total:
-                        record()
-                        save()
             if stopped:
                 record()
                 save()
@@ -329,11 +329,11 @@ def _forward_backward(
 
 
 def _queues(model: nn.Module, config: PretrainConfig) -> list[dict[str, Tensor]]:
-    """One queue of every process, unless they are the same."""
+    """One queue of every process, on rank 0; none where they are the same."""
     if not isinstance(model, MoCo) or config.queue_sync != "local":
         return []
     state = model.state_dict()
-    return from_all({name: state[name].cpu() for name in state if name.startswith("queue")})
+    return to_rank_0({name: state[name].cpu() for name in state if name.startswith("queue")})
 
 
 def _restore_queue(model: MoCo, extras: dict[str, Any], config: PretrainConfig) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import nn
 
-from moco_fast.distributed import check_agreement, from_all, rank
+from moco_fast.distributed import check_agreement, rank, to_rank_0
 from moco_fast.files import write_text
 from moco_fast.norm import average_statistics_
 from moco_fast.train import checkpoint as checkpoints
@@ -195,7 +195,8 @@ class Run(Generic[C]):
             views.set_state(own["views"])
         else:  # that of a GPU's generator on a CPU, or the other way round
             views.manual_seed(views.initial_seed() + own["step"])
-        checkpoints.set_random_state(own["random"][rank() % len(own["random"])])
+        if rank() < len(own["random"]):  # further processes go on with the numbers that they began with
+            checkpoints.set_random_state(own["random"][rank()])
         return own["step"]
 
     def save(
@@ -222,7 +223,7 @@ class Run(Generic[C]):
         except NonFiniteLossError as error:
             problem = error
         check_agreement({}, problem)
-        random = from_all(checkpoints.random_state())
+        random = to_rank_0(checkpoints.random_state())
         state = checkpoints.run_state(
             model, optimizer, arch=arch, step=step, steps_per_epoch=steps_per_epoch, views=views,
             random=random, facts=facts,
@@ -271,6 +272,8 @@ def open_run(config: C, out: Path, resume: Resume, **arguments: str | None) -> R
     if not on_rank_0(lambda: _resumes(out, resume, begun, asked)):
         return Run(out, config, None, asked)
     saved = checkpoints.read(out)
+    step = saved["moco_fast"]["step"]
+    check_agreement({f"the checkpoint in {out}": f"that of step {step}, {checkpoints.digest(out)}"})
     trained = config_of(saved, type(config), out)
     before = begun["asked"] if begun else trained
     if resume is not True:
