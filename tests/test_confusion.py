@@ -55,7 +55,7 @@ def test_numbers_are_percent_of_the_row(tmp_path, figures):
     assert texts(axes) == ["80", "20", "50", "10", "40"]
     assert [text.get_position() for text in axes.texts] == [(0, 0), (1, 0), (0, 2), (1, 2), (2, 2)]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "a very long name …"]
-    assert figures[0].get_suptitle() == "pets, a model: 60.00% right"
+    assert figures[0].get_suptitle() == "pets, a model\n60.00% right"
     shown = torch.from_numpy(axes.images[0].get_array().data)
     torch.testing.assert_close(shown, COUNTS.double() / torch.tensor([[10.0], [1.0], [10.0]]).double())
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]

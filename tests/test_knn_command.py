@@ -73,7 +73,7 @@ def test_official_file(tmp_path, capsys):
     [
         (["--k", "201", "--bank", "200"], "k must be at most the 200 images of the bank, got 201"),
         (["--k", "0"], "k must be at least 1, got 0"),
-        (["--temperature", "0"], "temperature must be positive or None, got 0"),
+        (["--temperature", "0"], "temperature must be finite and above 0, got 0"),
         (["--bank", "0"], "bank must be at least 1"),
         (["--data", "fashion-mnst"], "did you mean fashion-mnist?"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),

@@ -117,14 +117,14 @@ def test_resume_drops_records_past_the_checkpoint(unbroken, tmp_path, monkeypatc
 
     def die(self, step):
         advance(self, step)
-        if step == 9:
+        if step == 8:
             raise MemoryError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(Display, "advance", die)
         run(tmp_path / "run")
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == 6
-    assert max(row["step"] for row in metrics(tmp_path / "run")) == 8
+    assert max(row["step"] for row in metrics(tmp_path / "run")) == 7
     run(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", unbroken[0])
 
@@ -184,9 +184,9 @@ def test_non_finite_loss_names_the_step_and_keeps_the_checkpoint(unbroken, tmp_p
     ):
         patch.setattr(moco_fast.MoCo, "forward", poisoned)
         run(tmp_path / "run", replace(TINY, log_every=4))  # noticed at the record of step 8, named as 5
-    assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == 3
+    assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == 4
     run(tmp_path / "run", resume=True)
-    assert_same_run(tmp_path / "run", unbroken[0], after=3)
+    assert_same_run(tmp_path / "run", unbroken[0], after=4)
 
 
 def test_non_finite_weights_are_not_saved(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_non_finite_weights_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(moco_fast.SGD, "step", poison_last)
     with pytest.raises(NonFiniteLossError, match=r"step 6 \(weights: encoder_q.conv1.weight must be finite"):
         run(tmp_path)
-    assert checkpoint.read(tmp_path)["moco_fast"]["step"] == 3
+    assert checkpoint.read(tmp_path)["moco_fast"]["step"] == 4
 
 
 def test_existing_run_is_not_overwritten(unbroken):
@@ -283,7 +283,7 @@ def test_cosine_schedule(step, rate):
 
 def test_rate_is_scaled_to_the_batch():
     for batch, want in ((256, 1.0), (512, 2.0), (64, 0.25)):
-        config = replace(TINY, lr=1.0, batch_size=batch, schedule="step")
+        config = replace(TINY, lr=1.0, batch_size=batch, schedule="step", milestones=(1,))
         assert learning_rate(config, 0, 10) == pytest.approx(want)
 
 

@@ -30,8 +30,8 @@ class Finetune:
       moco-fast finetune runs/NAME                               all labels of the data it was trained on
       moco-fast finetune runs/NAME --labels-fraction 0.01        one label in a hundred
       moco-fast finetune runs/NAME --from-scratch                the same without the pretraining
-      moco-fast finetune vit-s-300ep.pth.tar --data imagenet/ --optimizer adamw --layer-decay 0.65
-                         --crop-scale 0.08 1 --label-smoothing 0.1 --epochs 100 --warmup-epochs 5
+      moco-fast finetune vit-s-300ep.pth.tar --data imagenet/ --optimizer adamw --layer-decay 0.65 \\
+        --crop-scale 0.08 1 --label-smoothing 0.1 --epochs 100 --warmup-epochs 5
       moco-fast finetune --resume runs/finetune-NAME             continue where a run stopped
     """
 
@@ -42,8 +42,8 @@ class Finetune:
     """Run folder; default: runs/finetune-NAME-TIME."""
     resume: Path | None = None
     """Run folder to resume, in place of a checkpoint; the other options override its own config. It
-    keeps its optimizer and the number of steps in an epoch: another --batch-size or --labels-fraction is
-    refused, other --data too unless it has as many batches."""
+    keeps its optimizer, its images and the number of steps in an epoch: another --batch-size or
+    --labels-fraction is refused, other --data too unless it has the same classes and as many batches."""
 
     def run(self) -> int:
         """Returns the exit status."""

@@ -58,8 +58,12 @@ class Knn:
 
     def run(self) -> int:
         """Returns the exit status."""
+        if not self.k:
+            raise ValueError("k must be one number or more, got none")
         for k in self.k:
             checks.count("k", k)
+        if self.temperature is not None:
+            checks.temperature("temperature", self.temperature)
         checks.count("bank", self.bank)
         with joined(self.device):
             subject = load_subject(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from moco_fast.evaluate.linear import LinearConfig, LinearResult, evaluate_linea
 from moco_fast.extras import new_console
 from moco_fast.files import write_text
 from moco_fast.train import checkpoint as checkpoints
-from moco_fast.train.processes import started_by_torchrun
+from moco_fast.train.processes import one_process
 from moco_fast.train.subject import TRAINED, Subject, load_subject
 
 WEIGHTS_FILE, RESULTS_FILE, PICTURE_FILE = "linear.pth", "results.json", "confusion.png"
@@ -56,8 +55,7 @@ class Linear:
 
     def run(self) -> int:
         """Returns the exit status."""
-        if started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
-            raise ValueError("linear runs in one process: start it without torchrun")
+        one_process("linear")
         console, began = new_console(), time.monotonic()
         subject = load_subject(
             self.checkpoint, self.data, self.device, console.print,

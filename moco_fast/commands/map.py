@@ -8,13 +8,14 @@ from pathlib import Path
 import tyro
 
 from moco_fast import checks
-from moco_fast.evaluate.embedding import spread_over_classes
+from moco_fast.evaluate.embedding import FEWEST, spread_over_classes
 from moco_fast.evaluate.features import View, features_of
 from moco_fast.evaluate.pictures import plot_embedding
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import new_console
 from moco_fast.train.build import choose_device
 from moco_fast.train.pretrained import dataset_for, load_pretrained
+from moco_fast.train.processes import one_process
 
 BANK = 20_000  # training images among which neighbours are looked for
 
@@ -49,7 +50,10 @@ class Map:
 
     def run(self) -> int:
         """Returns the exit status."""
-        checks.count("points", self.points)
+        checks.count("points", self.points, least=FEWEST)
+        one_process("map")
+        if self.out is not None and self.out.is_dir():
+            raise ValueError(f"out must be a picture to write, such as map.png, got the folder {self.out}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
         console, device = new_console(), choose_device(self.device)
@@ -65,7 +69,7 @@ class Map:
         plot_embedding(
             features_of(network, shown, rows, view), None if shown.labels is None else shown.labels[rows],
             dataset.class_names, out, self.seed,
-            heading=f"{dataset.name}, {subject.arch}, {subject.method}",
+            heading=f"{dataset.short_name}, {subject.arch}, {subject.method}",
         )  # fmt: skip
         probe = KnnProbe(
             dataset, image_size=subject.image_size, mean=subject.mean, std=subject.std, device=device,

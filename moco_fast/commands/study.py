@@ -46,7 +46,7 @@ class Study:
     data: str | None = None
     """Dataset or directory of images; default: that of the scale."""
     epochs: int | None = None
-    """Epochs of every run; default: that of the scale."""
+    """Epochs of every run, its warm-up and milestones scaled alike; default: that of the scale."""
     seeds: int = 1
     """Seeds of every point: 0, 1, ..."""
     out: Path | None = None
@@ -62,10 +62,10 @@ class Study:
         changes: dict[str, object] = {"device": self.device}
         if self.data is not None:
             changes["data"] = absolute(self.data)  # for runs that are evaluated or resumed elsewhere
-        if self.epochs is not None:
-            changes["epochs"] = checks.count("epochs", self.epochs)
         points = study.small() if self.scale == "small" else study.full()
         points = [replace(p, config=replace(p.config, **changes)) for p in points]  # type: ignore[arg-type]
+        if self.epochs is not None:
+            points = [replace(p, config=p.config.with_epochs(self.epochs)) for p in points]
         out = self.out or Path("studies") / f"{self.name}-{self.scale}"
         with joined(self.device):  # until all is written, which rank 0 does
             return self._run(points, out, new_console(quiet=rank() > 0))

@@ -53,6 +53,7 @@ class AugmentConfig:
         blur_p: probability of Gaussian blur, whose kernel is about a tenth of the view.
         blur_sigma: smallest and largest standard deviation of the blur, in pixels of the view.
         solarize_p: probability of inverting the values of 0.5 and above.
+        gray_first: grayscale before colour jitter, as in MoCo v1, not after it, as ever since.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of its range.
@@ -68,6 +69,7 @@ class AugmentConfig:
     blur_p: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0.0
+    gray_first: bool = False
 
     def __post_init__(self) -> None:
         checks.count("image_size", self.image_size)
@@ -198,11 +200,13 @@ def _view(
     boxes = draw_boxes(u_crop, aspect, config.crop_scale, config.crop_ratio)
     view = resample(unit, boxes, u_flip[:, 0] < config.flip_p, config.image_size)
     # What the configuration never does is skipped; what it draws is not, so the draws stay aligned.
+    if config.gray_first:
+        view = _gray(view, u_gray, config)
     if config.jitter_p > 0 and max(config.jitter) > 0:
         places = hue_places(every.split(_DRAWS, dim=1)[2][:, -1])[first : first + len(unit)]
         view = jitter(view, u_jitter, config.jitter, config.jitter_p, places, first)
-    if config.gray_p > 0 and view.shape[1] == 3:
-        view = torch.where(per_image(u_gray < config.gray_p), luma(view), view)
+    if not config.gray_first:
+        view = _gray(view, u_gray, config)
     if config.blur_p > 0:
         low, high = config.blur_sigma
         view = blur(view, (low + (high - low) * u_sigma)[:, 0], u_blur[:, 0] < config.blur_p)
@@ -210,6 +214,12 @@ def _view(
         chosen = per_image(u_solarize < config.solarize_p) & (view >= 0.5)
         view = torch.where(chosen, 1 - view, view)
     return view
+
+
+def _gray(view: Tensor, u: Tensor, config: AugmentConfig) -> Tensor:
+    if config.gray_p == 0 or view.shape[1] == 1:
+        return view
+    return torch.where(per_image(u < config.gray_p), luma(view), view)
 
 
 def _normalize_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -2,7 +2,7 @@
 
 folder/*.jpg                       no labels
 folder/<class>/**/*.jpg            labels; a tenth of every class is held out
-folder/train/..., folder/val/...   the split is given (``test/`` works too)
+folder/train/..., folder/val/...   the split is given (``valid/``, ``validation/`` and ``test/`` work too)
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moco_fast.extras import extra
 MEMORY_BUDGET = 1 << 30  # bytes of decoded pixels up to which a folder is decoded once and kept
 MANY = 2_000  # files from which on a progress bar is shown
 BLOCK = 64  # files per task of the thread pool
+HELD_OUT = ("val", "valid", "validation", "test")  # folders beside "train", in any case
 NAMED = 5  # bad files that a message names
 
 # Pillow registers these, but reads them only with outside programs or not at all.
@@ -42,16 +43,18 @@ class FolderImages:
     Args:
         paths: files, all of which have a readable header.
         canvas: side of the squares they are squashed to.
+        labels: class of each, (N,) int64, if they have any.
     """
 
     channels = 3
     in_memory = False
 
-    def __init__(self, paths: Sequence[str], canvas: int) -> None:
+    def __init__(self, paths: Sequence[str], canvas: int, labels: Tensor | None = None) -> None:
         # One array instead of a list of str: touching a str writes its reference count, so every forked
         # worker would end up with its own copy of the list.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.canvas = canvas
+        self._labels = np.zeros(len(self._paths), dtype=np.int64) if labels is None else labels.numpy()
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -62,29 +65,38 @@ class FolderImages:
 
     def subset(self, rows: Tensor) -> FolderImages:
         """The files at ``rows``, (M,) int64."""
-        return FolderImages([self.name_of(row) for row in rows.tolist()], self.canvas)
+        labels = torch.from_numpy(self._labels)[rows]
+        return FolderImages([self.name_of(row) for row in rows.tolist()], self.canvas, labels)
 
     def fetch(self, indices: Tensor) -> Fetched:
-        """Decode the files at ``indices``, (B,) int64; a broken file is replaced by the next whole one.
+        """Decode the files at ``indices``, (B,) int64; a broken file is replaced by the next whole one of its
+        class, which what is computed from it may be taken for.
 
         Raises:
-            RuntimeError: not one file of the folder can be decoded.
+            RuntimeError: not one file of its class can be decoded.
         """
         images = np.empty((len(indices), 3, self.canvas, self.canvas), dtype=np.uint8)
         aspect = np.empty(len(indices), dtype=np.float32)
         served, broken = indices.clone(), []
         for row, index in enumerate(indices.tolist()):
-            for step in range(len(self)):
-                at = (index + step) % len(self)
+            for at in self._candidates(index):
                 result = decode(bytes(self._paths[at]), self.canvas)
                 if not isinstance(result, str):
                     break
                 broken.append((at, result))
             else:
-                raise RuntimeError(f"no image can be decoded any more; {self.name_of(index)}: {broken[0][1]}")
+                why = dict(broken)[index]
+                raise RuntimeError(f"no image can be decoded any more; {self.name_of(index)}: {why}")
             images[row], aspect[row] = result
             served[row] = at
         return Fetched(torch.from_numpy(images), torch.from_numpy(aspect), served, tuple(broken))
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """A file, and then those that may stand for it."""
+        yield index
+        same = np.flatnonzero(self._labels == self._labels[index])
+        first = np.searchsorted(same, index, side="right")
+        yield from (int(at) for at in np.roll(same, -first)[:-1])
 
 
 def load_folder(
@@ -111,16 +123,16 @@ def load_folder(
         split = f"split as in {train_root.name}/ and {test_root.name}/"
     elif classes:
         train_files, test_files = _hold_out(train_files)
-        split = "a tenth of every class held out"
+        split = "a tenth of every class held out" if test_files else "no class has 5 images to hold one out"
     else:
-        test_files, split = [], "no labels, for it has no two class folders"
+        test_files, split = [], f"no labels, for {_why_no_classes(train_files)}"
 
     total = 3 * canvas * canvas * (len(train_files) + len(test_files))
     fits = total <= MEMORY_BUDGET
     halves = []
     for base, files in ((train_root, train_files), (test_root or train_root, test_files)):
-        images = FolderImages([os.path.join(base, file) for file in files], canvas)
         labels = torch.tensor([classes[_top(file)] for file in files]) if classes else None
+        images = FolderImages([os.path.join(base, file) for file in files], canvas, labels)
         halves.append(_decode_once(images, labels, log) if fits else ImageSet(images, labels))
     train, test = halves
     _need_two(len(train), train_root)
@@ -146,9 +158,10 @@ def _check_directory(root: Path, known_names: Iterable[str]) -> None:
 
 def _split_roots(root: Path) -> tuple[Path, Path | None]:
     """The directories to train and to test on; ``val`` goes before ``test``, which often lacks labels."""
-    held_out = [root / name for name in ("val", "test") if (root / name).is_dir()]
-    if (root / "train").is_dir() and held_out:
-        return root / "train", held_out[0]
+    folders = {entry.name.lower(): entry for entry in root.iterdir() if entry.is_dir()}
+    held_out = [folders[name] for name in HELD_OUT if name in folders]
+    if "train" in folders and held_out:
+        return folders["train"], held_out[0]
     return root, None
 
 
@@ -211,6 +224,13 @@ def _classes(files: Sequence[str]) -> dict[str, int]:
     """Label of every class name, in sorted order; empty where folders do not tell classes apart."""
     names = sorted({_top(file) for file in files})
     return {name: label for label, name in enumerate(names)} if len(names) > 1 and "" not in names else {}
+
+
+def _why_no_classes(files: Sequence[str]) -> str:
+    loose = [file for file in files if not _top(file)]
+    if 0 < len(loose) < len(files):
+        return f"{len(loose)} of the images, such as {loose[0]}, are in no class folder"
+    return "it has no two class folders"
 
 
 def _known_classes(root: Path, files: list[str], classes: dict[str, int], log: Log) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -117,6 +118,11 @@ class Dataset:
     test: ImageSet | None
     class_names: tuple[str, ...]
     note: str
+
+    @property
+    def short_name(self) -> str:
+        """Of a directory its own name alone."""
+        return Path(self.name).resolve().name
 
     @property
     def channels(self) -> int:

@@ -148,8 +148,10 @@ def all_features(network: nn.Module, images: ImageSet, rows: Tensor, view: View)
 
 def labels_missing(dataset: Dataset) -> str | None:
     """Why nothing can be classified on this dataset, or None."""
-    if dataset.test is None or dataset.test.labels is None or dataset.train.labels is None:
+    if dataset.train.labels is None:
         return "the images have no class labels (one sub-folder per class gives them)"
+    if dataset.test is None or dataset.test.labels is None:
+        return "no images are held out (a tenth of every class with at least five images would be)"
     return None
 
 

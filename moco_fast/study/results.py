@@ -104,7 +104,8 @@ def baselines(rows: Sequence[Row], measure: str) -> dict[str, Spread]:
     """Accuracy in percent of raw pixels and of untrained encoders, "knn" or "linear"."""
     found = {}
     for name, field in (("raw pixels", "raw_pixels"), ("random init", "random_init")):
-        by_seed = {row.seed: getattr(row, f"{measure}_{field}") for row in rows}
+        measured = [(row.seed, getattr(row, f"{measure}_{field}")) for row in rows]
+        by_seed = {seed: value for seed, value in measured if not math.isnan(value)}
         found[name] = _spread([100 * value for value in by_seed.values()])
     return found
 
@@ -125,6 +126,8 @@ def _verdict(rows: Sequence[Row], over: Spread) -> str:
     if collapsed := sum(row.collapsed for row in rows):
         last = rows[-1]
         return f"no: {collapsed} of {len(rows)} collapsed (spread {last.spread:.2f}, rank {last.rank:.1f})"
+    if math.isnan(over.mean):
+        return "not measured"
     margin = 0.0 if math.isnan(over.deviation) else over.deviation
     if over.mean > margin:
         return "yes"

@@ -20,7 +20,7 @@ from moco_fast.models.backbones import ANY_CHANNELS, VITS, backbone
 from moco_fast.models.method import Method
 from moco_fast.optim import LARS, SGD, AdamW
 from moco_fast.train.config import PretrainConfig
-from moco_fast.train.methods import METHODS, Facts
+from moco_fast.train.methods import METHODS, Facts, base_encoder
 from moco_fast.train.processes import local_rank
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,6 +41,7 @@ def build_model(config: PretrainConfig, channels: int, facts: Facts) -> Method:
     torch.manual_seed(config.seed)
     size = config.augment.image_size
     encoder = backbone(config.arch, width=config.width, in_channels=channels, image_size=size)
+    encoder = base_encoder(config.method, config.arch, encoder)
     if config.freeze_patch and config.arch in VITS:
         encoder = partial(encoder, stop_grad_conv1=True)
     model = row.build(encoder, config, facts)

@@ -106,8 +106,8 @@ class PretrainConfig:
     """Images per step that lr is meant for."""
     schedule: Literal["cosine", "step"] = "cosine"
     """Half a cosine per step, or a tenth at every milestone."""
-    milestones: tuple[int, ...] = (120, 160)
-    """Epochs at which the step schedule divides by ten."""
+    milestones: tuple[float, ...] = (120, 160)
+    """Epochs at which the step schedule divides by ten, all below --epochs."""
     warmup_epochs: float = 0.2
     """Epochs over which the learning rate rises linearly from 0."""
     sgd_momentum: float = 0.9
@@ -177,6 +177,13 @@ class PretrainConfig:
             if not (math.isfinite(value) and value >= lowest):
                 raise ValueError(f"{name} must be finite and at least {lowest:g}, got {value!r}")
         checks.one_of("schedule", self.schedule, ("cosine", "step"))
+        if self.schedule == "step" and not all(0 < epoch < self.epochs for epoch in self.milestones):
+            raise ValueError(
+                f"milestones must be above 0 and below epochs={self.epochs} with schedule 'step', got "
+                f"{' '.join(f'{epoch:g}' for epoch in self.milestones)}"
+            )
+        if self.schedule == "cosine" and self.milestones != type(self).milestones:
+            raise ValueError(f"schedule 'cosine' does not use milestones, got {self.milestones}")
         checks.one_of("optimizer", self.optimizer, ("sgd", "lars", "adamw"))
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be below epochs={self.epochs}, got {self.warmup_epochs!r}")
@@ -196,8 +203,11 @@ class PretrainConfig:
             raise ValueError(
                 f"freeze_patch needs a vision transformer ({', '.join(VITS)}), got {self.arch!r}"
             )
-        if self.augment_second is not None and row.views == 1:
-            raise ValueError(f"method {self.method!r} has one view of an image, got augment_second")
+        if self.augment_second is not None:
+            if row.views == 1:
+                raise ValueError(f"method {self.method!r} has one view of an image, got augment_second")
+            if (second := self.augment_second.image_size) != (first := self.augment.image_size):
+                raise ValueError(f"augment_second.image_size must be that of augment, {first}, got {second}")
         if self.optimizer == "adamw" and self.sgd_momentum != type(self).sgd_momentum:
             raise ValueError(f"optimizer 'adamw' does not use sgd_momentum, got {self.sgd_momentum!r}")
         keys = row.keys_per_image(self)
@@ -237,6 +247,15 @@ class PretrainConfig:
             if getattr(self, name) in (usual[name], old.recipe.get(name)):
                 changes[name] = new.recipe.get(name, usual[name])
         return dataclasses.replace(self, method=method, **changes)
+
+    def with_epochs(self, epochs: int) -> PretrainConfig:
+        """This recipe over as many epochs, its milestones and warm-up at the same parts of the run."""
+        share = checks.count("epochs", epochs) / self.epochs
+        return dataclasses.replace(
+            self, epochs=epochs, warmup_epochs=self.warmup_epochs * share,
+            milestones=tuple(epoch * share for epoch in self.milestones)
+            if self.schedule == "step" else self.milestones,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for a checkpoint or JSON."""

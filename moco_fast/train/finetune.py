@@ -29,6 +29,7 @@ from moco_fast.models.classifier import Classifier
 from moco_fast.norm import average_statistics_
 from moco_fast.optim import SGD, AdamW
 from moco_fast.train.build import choose_device, data_parallel
+from moco_fast.train.checkpoint import CheckpointError, shortened
 from moco_fast.train.display import Display, opening
 from moco_fast.train.finetune_config import FinetuneConfig
 from moco_fast.train.interrupt import StopRequest
@@ -138,20 +139,28 @@ def _finetune(
     if reason := labels_missing(dataset):
         raise ValueError(f"data {dataset.name!r} cannot be learned: {reason}")
     assert dataset.train.labels is not None and dataset.test is not None
-    train = dataset.train
+    train, test = dataset.train, dataset.test
     if config.labels_fraction < 1:
         train = train.subset(labelled_fraction(dataset.train.labels, config.labels_fraction, config.seed))
     assert train.labels is not None
     labels, classes = train.labels, len(dataset.class_names)
     config = _fit_to(len(train), config, console)
-    counts = len(train), len(dataset.test), dataset.class_names, start.channels, start.mean, start.std
+    sizes = len(train), len(test)
+    counts = *sizes, dataset.class_names, start.channels, start.mean, start.std
     check_agreement({"the dataset": (dataset.name, *counts)})
     loader = BatchLoader(
         train, config.batch_size // world_size(), config.seed, config.workers, rank=rank(),
         world_size=world_size(), pin_memory=device.type == "cuda", log=everywhere.print,
     )  # fmt: skip
     steps_per_epoch = len(loader)
+    if saved and list(dataset.class_names) != (trained := saved["moco_fast"]["class_names"]):
+        raise CheckpointError(
+            f"data must have the classes that the run in {out} was trained on, {shortened(trained)}; "
+            f"{dataset.name!r} has {shortened(dataset.class_names)}"
+        )
     run.check_epochs(config, steps_per_epoch)
+    data = {"images": sizes, "mean": start.mean, "std": start.std}
+    run.tell_changes(config, data, console.print)
     total = config.epochs * steps_per_epoch
     view = View(start.image_size, start.mean, start.std, device, config.workers)
     augment = config.augment(start.image_size)
@@ -198,6 +207,7 @@ def _finetune(
             "channels": start.channels,
             "mean": list(start.mean),
             "std": list(start.std),
+            "images": list(sizes),
             "finetune": config.to_dict(),
             "start": begin,
             "class_names": list(dataset.class_names),
@@ -219,13 +229,29 @@ def _finetune(
         display.metrics(step, values)
         recorder.write(step, train_loss=values.pop("loss"), **values)
 
-    scores, stopped, rate = None, 0, 0.0
+    scores: Scores | None = None
+    measured = on_rank_0(lambda: step if step == 0 or "test_acc1" in recorder.known else step - 1)
+
+    def measure() -> None:
+        """Test the model at the end of an epoch."""
+        nonlocal scores, measured
+        scores, measured = _evaluate(model, test, view, classes), step
+        recorder.write(step, test_loss=scores.loss, test_acc1=scores.acc1, test_acc5=scores.acc5)
+        display.say(
+            f"epoch {step // steps_per_epoch}: test accuracy {scores.acc1:.2%}, among the first five "
+            f"{scores.acc5:.2%}"
+        )
+        meter.restart()  # measuring is not training
+
+    stopped, rate = 0, 0.0
     chance = math.log(classes)
     with StopRequest() as stop, Display(console, total, step, chance, "fine-tuning") as display:
         try:
             model.train()
             while step < total and not stopped:
                 epoch, skipped = divmod(step, steps_per_epoch)
+                if step > measured and not skipped:
+                    measure()
                 for read in loader.batches(epoch, skipped):
                     rate = cosine(config.peak_lr, config.epochs, config.warmup_epochs, step, steps_per_epoch)
                     for group in optimizer.param_groups:
@@ -246,19 +272,18 @@ def _finetune(
                     display.advance(step)
                     if step % config.log_every == 0 or step % steps_per_epoch == 0:
                         record()
-                    if step % steps_per_epoch == 0:
-                        scores = _evaluate(model, dataset.test, view, classes)
-                        _note(scores, step, step // steps_per_epoch, recorder, display)
-                        meter.restart()  # measuring is not training
                     stopped = largest(stop.signal or 0)[0]
                     if stopped:
                         break
-                    if step % config.checkpoint_every == 0 or step == total:
+                    # Also before measuring, for which whoever ends a run may not wait.
+                    if step % config.checkpoint_every == 0 or step % steps_per_epoch == 0:
                         record()
                         save()
             if stopped:
                 record()
                 save()
+            elif step > measured:
+                measure()
         finally:
             recorder.close()
 
@@ -268,8 +293,8 @@ def _finetune(
     if ended_by:
         console.print(f"{ended_by.name}: saved step {step}. Continue with: moco-fast finetune --resume {out}")
         return FinetuneOutcome(out, step, ended_by, len(train), None)
-    scores = scores or _evaluate(model, dataset.test, view, classes)  # a finished run may be resumed
-    heading = f"{dataset.name}, {start.arch}, {method}"
+    scores = scores or _evaluate(model, test, view, classes)  # a finished run may be resumed
+    heading = f"{dataset.short_name}, {start.arch}, {method}"
     on_rank_0(lambda: plot_confusion(scores.confusion, dataset.class_names, out / "confusion.png", heading))
     return FinetuneOutcome(out, step, None, len(train), scores)
 
@@ -286,11 +311,6 @@ def _evaluate(model: Classifier, test: ImageSet, view: View, classes: int) -> Sc
         accuracy_at(best, test.labels, 5),
         confusion(best[:, 0], test.labels, classes),
     )
-
-
-def _note(scores: Scores, step: int, epoch: int, recorder: Recorder, display: Display) -> None:
-    recorder.write(step, test_loss=scores.loss, test_acc1=scores.acc1, test_acc5=scores.acc5)
-    display.say(f"epoch {epoch}: test accuracy {scores.acc1:.2%}, among the first five {scores.acc5:.2%}")
 
 
 def _fit_to(images: int, config: FinetuneConfig, console: Any) -> FinetuneConfig:

@@ -201,6 +201,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
         )  # fmt: skip
 
     recorder = Recorder(out if rank() == 0 else None, step, console.print)
+    measured = on_rank_0(lambda: step if step == 0 or "knn" in recorder.known else step - 1)
     keys_per_image = row.keys_per_image(config)
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
@@ -230,6 +231,13 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
             while step < total and not stopped:
                 epoch, start = divmod(step, steps_per_epoch)
                 for read in loader.batches(epoch, start):
+                    if accuracy and step > measured and step % knn_every == 0:
+                        knn, measured = on_rank_0(lambda: probe.accuracy(model, config.knn_queries)), step
+                        recorder.write(step, knn=knn)
+                        display.say(
+                            f"step {step}: kNN accuracy {knn:.1%} (raw pixels {accuracy['raw pixels']:.1%})"
+                        )
+                        meter.restart()  # measuring is not training
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(config, step, steps_per_epoch)
                     images = read.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
@@ -260,17 +268,10 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
                     stopped = largest(stop.signal or 0)[0]
                     if stopped:
                         break
-                    measures = step % knn_every == 0 and accuracy and step < total
-                    if measures or step % config.checkpoint_every == 0 or step == total:
+                    # Also before measuring, for which whoever ends a run may not wait.
+                    if not (step % config.checkpoint_every and step % knn_every and step < total):
                         record()
-                        save()  # before measuring, for which whoever ends a run may not wait
-                    if measures:
-                        knn = on_rank_0(lambda: probe.accuracy(model, config.knn_queries))
-                        recorder.write(step, knn=knn)
-                        display.say(
-                            f"step {step}: kNN accuracy {knn:.1%} (raw pixels {accuracy['raw pixels']:.1%})"
-                        )
-                        meter.restart()  # measuring is not training
+                        save()
             if stopped:
                 record()
                 save()
@@ -284,10 +285,10 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
     ended_by = signal.Signals(stopped) if stopped else None
     if ended_by:
         console.print(f"{ended_by.name}: saved step {step}. Continue with: moco-fast pretrain --resume {out}")
-    else:
-        on_rank_0(lambda: probe.gallery(model, out / "neighbours.png"))
     if step > 0:
         on_rank_0(lambda: draw_curves(out, console.print))
+    if not ended_by:
+        on_rank_0(lambda: probe.gallery(model, out / "neighbours.png"))
     return Outcome(out, step, ended_by, alarm.told, accuracy)
 
 

@@ -101,9 +101,14 @@ def _sup_moco_step(model: nn.Module, views: Views, config: Config, progress: flo
 
 def _moco_v3(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
     kind = MoCo_ViT if config.arch in VITS else MoCo_ResNet
-    if config.arch.startswith(("resnet", "resnext", "wide_resnet")):  # torchvision's, as in the paper
-        encoder = partial(encoder, zero_init_residual=True)
     return kind(encoder, config.dim, config.mlp_dim, config.temperature)
+
+
+def base_encoder(method: str, arch: str, encoder: BaseEncoder) -> BaseEncoder:
+    """What a method builds its encoders with: the backbone of that name, initialised as in its paper."""
+    if method == "moco-v3" and arch.startswith(("resnet", "resnext", "wide_resnet")):  # torchvision's
+        return partial(encoder, zero_init_residual=True)
+    return encoder
 
 
 def _moco_v3_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:

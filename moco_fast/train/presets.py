@@ -24,7 +24,9 @@ _IMAGENET_V1 = PretrainConfig(
     data="imagenet", method="moco-v1", epochs=200, batch_size=256, arch="resnet50", queue_size=65536,
     momentum=0.999, temperature=0.07, dim=128, lr=0.03, lr_batch_size=256, weight_decay=1e-4,
     warmup_epochs=0.0, schedule="step", milestones=(120, 160), bf16=True, workers=8, checkpoint_every=1000,
-    augment=AugmentConfig(image_size=224, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, blur_p=0.0),
+    augment=AugmentConfig(
+        image_size=224, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_first=True, blur_p=0.0
+    ),
 )  # fmt: skip
 _IMAGENET_V2 = replace(
     _IMAGENET_V1, method="moco-v2", temperature=0.2, schedule="cosine", augment=AugmentConfig(image_size=224)

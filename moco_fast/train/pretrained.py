@@ -30,6 +30,7 @@ from moco_fast.models.heads import HEAD_NAMES, head_path, replace
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import IMAGENET_MEAN, IMAGENET_STD
 from moco_fast.train.checkpoint import CheckpointError, shortened
+from moco_fast.train.methods import base_encoder
 
 # Where methods keep the encoder that they are for; the first that a state dict has is taken.
 ENCODERS = ("encoder_q", "base_encoder", "encoder", "teacher")
@@ -188,7 +189,7 @@ def recorded(path: str | os.PathLike[str], own: Mapping[str, Any]) -> dict[str, 
             "method": config.get("method", "moco"),
             "image_size": config["augment"]["image_size"],
             "first_width": config["width"],
-            "dim": config["dim"],
+            "outputs": config["mlp_dim" if config.get("method") == "moco-v3" else "dim"],
             "seed": config["seed"],
             "canvas": config["canvas"],
             "data": config["data"],
@@ -220,7 +221,7 @@ def unrecorded(method: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "method": method,
         "image_size": size,
         "first_width": first.shape[0],
-        "dim": 128,
+        "outputs": 128,
         "seed": 0,
         "canvas": CANVAS,
         "data": None,
@@ -252,7 +253,8 @@ def blank(arch: str, facts: Mapping[str, Any]) -> tuple[nn.Module, str, int]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(facts["seed"])
-        network = factory(arch, facts)(num_classes=facts["dim"])
+        build = base_encoder(facts["method"], arch, factory(arch, facts))
+        network = build(num_classes=facts["outputs"])
     head = head_path(network)
     linear = network.get_submodule(head)
     assert isinstance(linear, nn.Linear)

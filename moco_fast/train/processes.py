@@ -46,6 +46,12 @@ def restarted() -> bool:
     return _meeting.again if _meeting else any(int(count) > 0 for count in counts)
 
 
+def one_process(command: str) -> None:
+    """Raise ValueError if torchrun has started several of what runs in one."""
+    if started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ValueError(f"{command} runs in one process: start it without torchrun")
+
+
 def may_restart() -> bool:
     """Whether torchrun may do so."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0

@@ -23,17 +23,23 @@ class Recorder:
         say: told, once each, of what cannot be written any more; the run goes on without it.
         step: records after this step, left by a run that died past its last checkpoint, are dropped; at
             step 0 all there are.
+
+    Attributes:
+        known: names of the values that were recorded of this step.
     """
 
     def __init__(self, folder: Path | None, step: int = 0, say: Callable[[str], object] = print) -> None:
         self._file: Any = None
         self._board: Any = None
         self._say = say
+        self.known: set[str] = set()
         if folder is None:
             return
         path = folder / METRICS_FILE
         before = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
-        write_text(path, "".join(line + "\n" for line in before.splitlines() if _step_of(line) <= step))
+        kept = [line for line in before.splitlines() if _step_of(line) <= step]
+        self.known.update(*(json.loads(line) for line in kept if _step_of(line) == step))
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
         tensorboard = extra("torch.utils.tensorboard")
         self._board = tensorboard.SummaryWriter(

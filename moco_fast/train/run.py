@@ -38,12 +38,13 @@ CONFIG_FILE = "config.json"
 Resume = bool | Literal["auto", "restart"]
 C = TypeVar("C", PretrainConfig, FinetuneConfig)
 
-# Options that a run keeps: the optimizer's state is of no use to another one.
-KEPT = ("method", "optimizer")
+# Options that a run keeps: the optimizer's state is of no use to another one, nor weights that have seen
+# other labels.
+KEPT = ("method", "optimizer", "from_scratch", "labels_fraction")
 # Those that decide which weights a model has,
 SHAPING = ("arch", "width", "dim", "queue_size", "mlp_dim", "pred_dim", "prototypes")
 # how many steps an epoch has,
-COUNTED = ("batch_size", "data", "labels_fraction")
+COUNTED = ("batch_size", "data")
 # and those of an optimizer that may change: they stand in its state, but the config's are taken.
 TUNED = ("weight_decay", "momentum", "lr_scale")
 
@@ -272,18 +273,23 @@ def open_run(config: C, out: Path, resume: Resume, **arguments: str | None) -> R
     if not on_rank_0(lambda: _resumes(out, resume, begun, asked)):
         return Run(out, config, None, asked)
     saved = checkpoints.read(out)
-    step = saved["moco_fast"]["step"]
+    step = saved["moco_fast"].get("step")
     check_agreement({f"the checkpoint in {out}": f"that of step {step}, {checkpoints.digest(out)}"})
     trained = config_of(saved, type(config), out)
     before = begun["asked"] if begun else trained
     if resume is not True:
         return Run(out, type(config).from_dict(trained), saved, before)
-    now = config.to_dict()
-    for name in KEPT:
+    now: dict[str, Any] = config.to_dict()
+    for name in (*KEPT, *_decides(now)):
         if name in now:
             check_kept(name, trained.get(name, getattr(type(config), name)), now[name], out)
     overrides = {name: value for name, value in now.items() if differences(now, trained, [name])}
     return Run(out, config, saved, before | overrides)
+
+
+def _decides(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The seed, where it chooses the images that have labels."""
+    return ("seed",) if config.get("labels_fraction", 1) < 1 else ()
 
 
 def config_of(
@@ -311,7 +317,7 @@ def config_of(
 
 
 def check_kept(name: str, trained: object, now: object, where: object) -> None:
-    """Raise CheckpointError if a run is to be resumed with another method or optimizer."""
+    """Raise CheckpointError if a run is to be resumed with another value of what it keeps."""
     if trained != now:
         raise CheckpointError(f"{name} must be that of the checkpoint in {where}, {trained!r}, got {now!r}")
 

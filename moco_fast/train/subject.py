@@ -48,7 +48,7 @@ class Subject:
     def folder(self, what: str) -> Path:
         """Where results go unless told otherwise: WHAT-DATA beside the checkpoint."""
         beside = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
-        return beside / f"{what}-{Path(self.dataset.name).name}"
+        return beside / f"{what}-{self.dataset.short_name}"
 
     def plot_confusion(
         self,
@@ -59,9 +59,10 @@ class Subject:
         """Draw which classes of the test images are taken for which."""
         test = self.dataset.test
         assert test is not None and test.labels is not None
-        names = self.dataset.class_names
+        names, pretrained = self.dataset.class_names, self.pretrained
         counts = confusion(predicted.cpu(), test.labels, len(names))
-        plot_confusion(counts, names, out_png, f"{self}: {by}")
+        heading = f"{self.dataset.short_name}, {pretrained.arch}, {pretrained.method}\n{by}"
+        plot_confusion(counts, names, out_png, heading)
 
     def rows(
         self,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moco_fast.evaluate.pictures.figure import BLUE, FAINT, INK, new_figure, save, title
+from moco_fast.evaluate.pictures.figure import BLUE, FAINT, INK, new_figure, printable, save, title
 from moco_fast.extras import extra
 
 MOST_WITH_NUMBERS = 20  # classes up to which a cell has room for a number
@@ -54,10 +54,10 @@ def plot_confusion(
         raise ValueError("counts must hold at least one image")
     if len(class_names) != classes:
         raise ValueError(f"class_names must hold {classes} names, one per row, got {len(class_names)}")
-    names = [_short(name) for name in class_names]
+    names = [printable(name, NAME_LENGTH) for name in class_names]
     share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
     right = counts.diagonal().sum().item() / counts.sum().item()
-    text = f"{heading}: {right:.2%} right"
+    text = f"{printable(heading)}\n{right:.2%} right"
 
     if classes <= MOST_WITH_NUMBERS:
         side = max(2.2, 0.46 * classes)
@@ -121,7 +121,3 @@ def _list(axes: Any, mistakes: Sequence[Mistake], names: Sequence[str]) -> None:
     for at, mistake in enumerate(mistakes):
         line = f"{mistake.share:>4.0%}   {names[mistake.true]} → {names[mistake.predicted]}"
         axes.text(0, 0.97 - at / LISTED, line, fontsize=8.5, color=INK, va="top", transform=axes.transAxes)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"

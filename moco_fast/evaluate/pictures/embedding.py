@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moco_fast import checks
 from moco_fast.evaluate.embedding import embed
-from moco_fast.evaluate.pictures.figure import BLUE, INK, new_figure, save
+from moco_fast.evaluate.pictures.figure import BLUE, INK, new_figure, printable, save
 
 # Ten colours that people with any colour vision tell apart. Source: Petroff 2021, "Accessible Color
 # Sequences for Data Visualization", table of ten.
@@ -77,8 +77,8 @@ def plot_embedding(
             _points(axes, places[labels == label], colour, marker, size)
         if len(present) <= MOST_NAMED:
             middles = torch.stack([places[labels == label].median(0).values for label in present])
-            _names(axes, middles, places, [class_names[label] for label in present], present)
-    text = f"t-SNE of {len(places):,} images"
+            _names(axes, middles, places, [printable(class_names[label]) for label in present], present)
+    heading, text = printable(heading), f"t-SNE of {len(places):,} images"
     if labels is not None and len(present) > MOST_NAMED:
         text += f" of {len(present)} classes, too many to name"
     figure.suptitle(f"{heading}\n{text}" if heading else text, fontsize=10, color=INK, weight="bold")

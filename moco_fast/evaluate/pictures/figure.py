@@ -32,6 +32,15 @@ def title(axes: Any, text: str) -> None:
     axes.set_title(text, fontsize=10, color=INK, loc="left", weight="bold")
 
 
+def printable(text: str, length: int | None = None) -> str:
+    """The text as it is, for matplotlib, which takes what is between dollars for a formula and draws UTF-8
+    alone; cut to so many characters."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if length is not None and len(text) > length:
+        text = text[: length - 1] + "…"
+    return text.replace("$", r"\$")
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a picture, whole or not at all."""
     extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moco_fast.evaluate.pictures.figure import FAINT, GREEN, INK, RED, new_figure, save
+from moco_fast.evaluate.pictures.figure import FAINT, GREEN, INK, RED, new_figure, printable, save
+
+NAME_LENGTH = 15  # characters of a class name beside its query
 
 
 def plot_neighbours(
@@ -67,7 +69,7 @@ def plot_neighbours(
         y = top + row * (cell + pad + below)
         show(queries[row], left, y, None)
         if query_labels is not None and labelled:
-            name = class_names[int(query_labels[row])]
+            name = printable(class_names[int(query_labels[row])], NAME_LENGTH)
             at = (0.1 / width, 1 - (y + cell / 2) / height)
             figure.text(*at, name, fontsize=8.5, color=INK, va="center")
         for column in range(k):
