@@ -8,6 +8,7 @@ import torch
 
 from moco_fast.data import transforms
 from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view
+from moco_fast.train.presets import PRESETS
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
 
@@ -77,6 +78,18 @@ def test_hue_matches_torchvision(shift):
     x[1, 1] = x[1, 0]  # ties between channels
     ours = transforms.shift_hue(x, torch.full((4,), shift))
     torch.testing.assert_close(ours, tv.adjust_hue(x, shift), rtol=0, atol=1e-5)
+
+
+def test_grayscale_before_jitter():
+    """As in MoCo v1: what is grey has no colour to turn; else grey is as light as the colour turned to."""
+    images = torch.zeros(4, 3, 28, 28, dtype=torch.uint8)
+    images[:, 0] = 200  # red
+    config = dataclasses.replace(IDENTITY, gray_p=1.0, jitter=(0.0, 0.0, 0.0, 0.5), jitter_p=1.0)
+    after, _ = views(config, images)
+    before, _ = views(dataclasses.replace(config, gray_first=True), images)
+    torch.testing.assert_close(before, tv.rgb_to_grayscale(unit(images), 3), rtol=0, atol=1e-6)
+    assert after[:, 0].std() > 0.05
+    assert PRESETS["moco-v1"].config.augment.gray_first and not PRESETS["moco-v2"].config.augment.gray_first
 
 
 @pytest.mark.parametrize("size, taps", [(8, 3), (28, 3), (96, 11), (224, 23)])

@@ -1,9 +1,11 @@
 """Confusion matrices: counts, which mistakes are listed, and what is drawn."""
 
+import os
+
 import pytest
 import torch
 
-from moco_fast.evaluate.pictures import plot_confusion
+from moco_fast.evaluate.pictures import plot_confusion, plot_embedding, plot_neighbours
 from moco_fast.evaluate.pictures.confusion import largest_confusions
 from moco_fast.evaluate.scores import accuracy_at, confusion
 
@@ -59,6 +61,20 @@ def test_numbers_are_percent_of_the_row(tmp_path, figures):
     shown = torch.from_numpy(axes.images[0].get_array().data)
     torch.testing.assert_close(shown, COUNTS.double() / torch.tensor([[10.0], [1.0], [10.0]]).double())
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
+
+
+def test_names_that_are_no_text(tmp_path, figures):
+    """Class names are names of folders: dollars are no formula, and what is not UTF-8 is spelled out."""
+    names = ("$^$", os.fsdecode(b"caf\xe9"), "$x", "a \\ b")
+    plot_confusion(torch.eye(4), names, tmp_path / "c.png", "$^$ and $^$")
+    plot_confusion(torch.eye(21), (*names, *map(str, range(17))), tmp_path / "d.png", "$^$")
+    images = torch.zeros(4, 2, 3, 8, 8, dtype=torch.uint8)
+    labels = torch.arange(4)
+    plot_neighbours(images[:, 0], images, labels, labels[:, None].expand(-1, 2), names, tmp_path / "n.png")
+    plot_embedding(torch.randn(40, 8), torch.arange(40) % 4, names, tmp_path / "e.png", 0, "$^$")
+    assert len(list(tmp_path.iterdir())) == 4
+    ticks = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert ticks == [r"\$^\$", r"caf\udce9", r"\$x", r"a \ b"]
 
 
 def test_of_many_classes_the_largest_confusions_are_listed(tmp_path, figures):

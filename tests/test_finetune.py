@@ -178,6 +178,39 @@ def test_what_a_run_keeps(unbroken, changes, message):
     assert before == ((folder / "checkpoint.pth").read_bytes(), (folder / "config.json").read_bytes())
 
 
+def test_what_else_a_run_keeps(start, tmp_path):
+    """The seed, where it chooses the labels, and the classes; another rate is told of."""
+    config = replace(TINY, epochs=1, labels_fraction=0.5)
+    run(tmp_path / "run", config, checkpoint=start)
+    with pytest.raises(checkpoint.CheckpointError, match=r"seed must be that of the checkpoint .*, 0, got 1"):
+        run(tmp_path / "run", replace(config, epochs=2, seed=1), resume=True)
+    saved = checkpoint.read(tmp_path / "run")
+    names = saved["moco_fast"]["class_names"]
+    saved["moco_fast"]["class_names"] = names[::-1]
+    checkpoint.write_atomic(tmp_path / "run" / checkpoint.FILE_NAME, saved)
+    with pytest.raises(checkpoint.CheckpointError, match="data must have the classes that the run"):
+        run(tmp_path / "run", replace(config, epochs=2), resume=True)
+    saved["moco_fast"]["class_names"] = names
+    checkpoint.write_atomic(tmp_path / "run" / checkpoint.FILE_NAME, saved)
+    console = Console(record=True, width=200)
+    finetune(replace(config, epochs=2, lr=0.01), tmp_path / "run", resume=True, console=console)
+    assert "Resumed with other options: epochs=2, was 1; lr=0.01, was 0.1" in console.export_text()
+
+
+def test_a_checkpoint_is_there_before_an_epoch_is_measured(start, tmp_path, monkeypatch):
+    """Which can take longer than whoever ends the run waits; what was not measured is measured then."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("moco_fast.train.finetune._evaluate", killed)
+        run(tmp_path / "run", checkpoint=start)
+    assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] == STEPS // TINY.epochs
+    run(tmp_path / "run", resume=True)
+    assert sum("test_acc1" in row for row in metrics(tmp_path / "run")) == TINY.epochs
+
+
 def test_pretraining_does_not_resume_it(unbroken, tmp_path, capsys):
     folder = unbroken[0]
     assert main(["pretrain", "--resume", str(folder)]) == 1

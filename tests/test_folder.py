@@ -7,6 +7,7 @@ import torch
 from images import broken_pixels, write_image
 
 from moco_fast.data.datasets import load_dataset
+from moco_fast.evaluate.features import labels_missing
 
 
 def test_class_folders_give_labels_and_a_split(tmp_path):
@@ -36,15 +37,29 @@ def test_flat_mixed_and_single_class_folders_have_no_labels(tmp_path):
         write_image(mixed / "b" / f"{i}.png")
         write_image(single / "a" / f"{i}.png")
     write_image(mixed / "loose.png")
-    for path, count in ((flat, 3), (mixed, 7), (single, 3)):
+    no_folders = "no labels, for it has no two class folders"
+    loose = "no labels, for 1 of the images, such as loose.png, are in no class folder"
+    for path, count, note in ((flat, 3, no_folders), (mixed, 7, loose), (single, 3, no_folders)):
         dataset = load_dataset(path, canvas=4, log=pytest.fail)
+        assert note in dataset.note
         assert dataset.train.labels is None and dataset.test is None and dataset.class_names == ()
         assert len(dataset.train) == count
 
 
-@pytest.mark.parametrize("held_out", ["val", "test"])
-def test_given_split(held_out, tmp_path):
-    for half, count in (("train", 4), (held_out, 2)):
+def test_classes_too_small_to_hold_one_out(tmp_path):
+    for i in range(8):
+        write_image(tmp_path / "ab"[i % 2] / f"{i}.png")
+    dataset = load_dataset(tmp_path, canvas=4, log=pytest.fail)
+    assert len(dataset.train) == 8 and dataset.test is None
+    assert "no class has 5 images to hold one out" in dataset.note
+    assert labels_missing(dataset).startswith("no images are held out")
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"), [("train", "val"), ("train", "test"), ("Train", "Valid"), ("TRAIN", "validation")]
+)
+def test_given_split(train, held_out, tmp_path):
+    for half, count in ((train, 4), (held_out, 2)):
         for name in ("a", "b"):
             for i in range(count):
                 write_image(tmp_path / half / name / f"{i}.png")

@@ -92,6 +92,22 @@ def test_broken_pixels_do_not_stop_training(workers, tmp_path):
     assert len(lines) == 1 and "bad.png" in lines[0]
 
 
+def test_another_image_of_the_class_stands_in(tmp_path):
+    """What is made of it is taken for the one that was asked for; after the last comes the first."""
+    paths = [write_image(tmp_path / f"{i}.png", (i, i, i)) for i in range(6)]
+    for broken in (2, 5):
+        broken_pixels(paths[broken])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    images = FolderImages([str(path) for path in paths], 4, labels)
+    for source in (images, images.subset(torch.arange(6))):
+        fetched = source.fetch(torch.arange(6))
+        assert fetched.indices.tolist() == [0, 1, 0, 3, 4, 3]
+        assert torch.equal(fetched.images[:, 0, 0, 0].long(), fetched.indices)
+        assert [index for index, _ in fetched.broken] == [2, 5]
+    without = FolderImages([str(path) for path in paths], 4)
+    assert without.fetch(torch.tensor([2, 5])).indices.tolist() == [3, 0]
+
+
 def test_folder_without_one_whole_file(tmp_path):
     images = FolderImages([str(broken_pixels(tmp_path / "a.png"))] * 2, 4)
     with pytest.raises(RuntimeError, match=r"no image can be decoded any more; .*a\.png"):

@@ -7,11 +7,12 @@ import torch
 from torchvision import models
 
 import moco_fast
+from moco_fast.data.augment import AugmentConfig
 from moco_fast.models.backbones import backbone
 from moco_fast.train import checkpoint
 from moco_fast.train.build import IMAGENET_MEAN, build_model
 from moco_fast.train.config import PretrainConfig
-from moco_fast.train.methods import Facts
+from moco_fast.train.methods import METHODS, Facts
 from moco_fast.train.pretrained import load_pretrained
 
 CONFIG = PretrainConfig(data="digits", width=8, dim=16, queue_size=64, batch_size=32, seed=3)
@@ -111,6 +112,17 @@ def test_fresh_is_the_initialisation_of_the_run(tmp_path):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(first(images), want) and torch.equal(second(images), want)
     assert first is not second and not torch.equal(loaded.backbone(images), want)
+
+
+@pytest.mark.parametrize("arch", ["small_resnet", "resnet18", "small_vit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fresh_is_that_of_every_method(tmp_path, method, arch):
+    config = replace(CONFIG.with_method(method), arch=arch, augment=AugmentConfig(image_size=32))
+    model = build_model(config, 3, Facts(100, 10)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    statistics = {"channels": 3, "mean": [0.3] * 3, "std": [0.4] * 3}
+    path = of_this_library(tmp_path / "c.pth", model, config, **statistics)
+    assert torch.equal(load_pretrained(path).fresh()(images), model.features(images))
 
 
 def test_image_size_can_be_chosen(tmp_path):

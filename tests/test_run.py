@@ -104,7 +104,7 @@ def test_restart_of_a_run_that_left_no_checkpoint_begins_anew(unbroken, tmp_path
         patch.setattr(Display, "advance", die)
         run(folder)
     assert not (folder / "checkpoint.pth").exists()
-    with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="is not empty: empty it"):
+    with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="is not empty: choose another"):
         patch.setenv("TORCHELASTIC_RUN_ID", "another")
         run(folder, resume="restart")
     run(folder, resume="restart")

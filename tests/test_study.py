@@ -11,12 +11,13 @@ from dataclasses import fields, replace
 import pytest
 import ranks
 import torch.distributed as dist
+from images import write_image
 from PIL import Image
 from rich.console import Console
 
 from moco_fast.data.augment import AugmentConfig
 from moco_fast.study import figure, plans, sweep
-from moco_fast.study.results import Row, read_rows, summarise, write_rows
+from moco_fast.study.results import Row, baselines, read_rows, summarise, write_rows
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.methods import METHODS
 from moco_fast.train.presets import PRESETS
@@ -102,13 +103,16 @@ def test_verdicts():
         *(row("good", seed, 0.7 + 0.01 * seed) for seed in range(3)),
         *(row("noisy", seed, 0.5 + 0.05 * (seed - 0.8)) for seed in range(3)),
         *(row("fallen", seed, 0.4, collapsed=True, spread=0.01) for seed in range(3)),
-        row("burst", 0, math.nan, note="diverged: not finite at step 3"),
+        row("burst", 0, math.nan, note="diverged: not finite at step 3", knn_random_init=math.nan),
+        row("few", 0, math.nan),
     ]
     found = {line.series: line for line in summarise(rows)}
     assert found["good"].verdict == "yes" and str(found["good"].knn) == "71.0 ± 1.0"
     assert found["noisy"].verdict == "no: not better than untrained by more than the spread"
     assert found["fallen"].verdict == "no: 3 of 3 collapsed (spread 0.01, rank 9.0)"
     assert found["burst"].verdict == "no: diverged: not finite at step 3" and str(found["burst"].knn) == "-"
+    assert found["few"].verdict == "not measured"
+    assert baselines(rows, "knn")["random init"].mean == 50.0
 
 
 def test_rows_survive_the_file(tmp_path):
@@ -195,6 +199,22 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "images" / "study-momentum.png").exists()
     assert command(["study", "momentum", "--out", str(out), "--seeds", "0"]) == 1
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_images_without_labels_are_refused_before_a_run(tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "flat" / f"{i}.png")
+    points = [replace(POINTS[0], config=replace(TINY, data=str(tmp_path / "flat")))]
+    with pytest.raises(ValueError, match="cannot be measured: the images have no class labels"):
+        sweep.run_sweep(points, [0], tmp_path / "out", QUIET)
+    assert not list((tmp_path / "out").rglob("metrics.jsonl"))
+
+
+def test_another_number_of_epochs_scales_the_schedule():
+    config = PRESETS["moco-v1"].config.with_epochs(100)
+    assert (config.epochs, config.milestones) == (100, (60, 80))
+    config = PRESETS["moco-v3"].config.with_epochs(50)
+    assert (config.epochs, config.warmup_epochs, config.milestones) == (50, 5, (120, 160))
 
 
 def rank_of_a_study(rank, port, out):

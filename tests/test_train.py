@@ -212,7 +212,7 @@ def test_existing_run_is_not_overwritten(unbroken):
 
 def test_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty: empty it, or choose another"):
+    with pytest.raises(FileExistsError, match="is not empty: choose another --out"):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -324,6 +324,12 @@ def test_two_images_are_enough(tmp_path):
         ({"batch_size": 1024}, "batch_size must be at most queue_size=512, got 1024"),
         ({"bn_splits": 3}, "bn_splits=3 must divide batch_size=256"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"schedule": "step"}, "milestones must be above 0 and below epochs=2 .*, got 120 160"),
+        ({"milestones": (1,)}, r"schedule 'cosine' does not use milestones, got \(1,\)"),
+        (
+            {"augment_second": AugmentConfig(image_size=16)},
+            "augment_second.image_size must be that of augment, 8, got 16",
+        ),
         ({"schedule": "linear"}, "schedule must be one of 'cosine', 'step', got 'linear'"),
     ],
 )

@@ -325,8 +325,8 @@ def check_kept(name: str, trained: object, now: object, where: object) -> None:
 def refuse_to_overwrite(out: Path) -> None:
     """Raise FileExistsError unless a run folder is empty or not there."""
     if out.exists() and any(out.iterdir()):
-        hint = f"resume it (--resume {out})" if (out / checkpoints.FILE_NAME).exists() else "empty it"
-        raise FileExistsError(f"out {str(out)!r} is not empty: {hint}, or choose another --out")
+        resume = f"resume it (--resume {out}), or " if (out / checkpoints.FILE_NAME).exists() else ""
+        raise FileExistsError(f"out {str(out)!r} is not empty: {resume}choose another --out")
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
