@@ -158,7 +158,8 @@ def _check_directory(root: Path, known_names: Iterable[str]) -> None:
 
 def _split_roots(root: Path) -> tuple[Path, Path | None]:
     """The directories to train and to test on; ``val`` goes before ``test``, which often lacks labels."""
-    folders = {entry.name.lower(): entry for entry in root.iterdir() if entry.is_dir()}
+    with os.scandir(root) as entries:
+        folders = {entry.name.lower(): root / entry.name for entry in entries if entry.is_dir()}
     held_out = [folders[name] for name in HELD_OUT if name in folders]
     if "train" in folders and held_out:
         return folders["train"], held_out[0]
