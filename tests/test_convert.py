@@ -154,6 +154,14 @@ def test_everything_that_is_not_used_is_named(tmp_path):
     assert report.left_out == tuple(lightning) and load(tmp_path / "c.pth")["epoch"] == 0
 
 
+def test_the_optimizer_of_another_library_is_left_out(tmp_path):
+    """It has other parameters than the official model's."""
+    source = saved(tmp_path / "l.pth", lightly("vit") | {"optimizer": official("vit")["optimizer"]})
+    report = convert(source, tmp_path / "o.pth", "official", arch="small_vit")
+    assert "optimizer" in report.left_out and "optimizer" in report.lacks
+    assert "optimizer" not in load(tmp_path / "o.pth")
+
+
 @pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod.", "inside"])
 def test_names_of_wrappers(tmp_path, wrapped):
     start = official("vit")
@@ -232,7 +240,10 @@ def test_another_queue_size(tmp_path):
         bigger.load_state_dict(state)
     report = convert(source, tmp_path / "b.pth", "official", queue_size=2 * K)
     assert report.left_out == ("the queue of K=32 for a fresh one of K=64",)
-    bigger.load_state_dict({n.removeprefix("module."): v for n, v in load(report.out)["state_dict"].items()})
+    fresh = load(report.out)["state_dict"]
+    torch.testing.assert_close(fresh["module.queue"].norm(dim=0), torch.ones(2 * K))
+    assert fresh["module.queue_ptr"].tolist() == [0]
+    bigger.load_state_dict({n.removeprefix("module."): v for n, v in fresh.items()})
     with pytest.raises(RuntimeError, match=r"of dim=16, this model of dim=8: build it.*torchvision"):
         moco_fast.MoCo(encoder("v2"), 8, K, mlp=True).load_state_dict(state)
     with pytest.raises(checkpoint.CheckpointError, match="queue_size must be left out: moco-v3 has no queue"):

@@ -66,14 +66,18 @@ def test_vision_transformers_in_timm(tmp_path):
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def test_features_that_differ_are_an_error_and_leave_no_file(tmp_path, v2, monkeypatch):
+@pytest.mark.parametrize("finite", [True, False])
+def test_features_that_differ_are_an_error_and_leave_no_file(tmp_path, v2, monkeypatch, finite):
     def another(path, contents):
         network = models.resnet18()
         network.fc = nn.Identity()
+        if not finite:
+            network.conv1.weight.data.fill_(torch.nan)
         return network
 
     monkeypatch.setitem(verify.LOADERS, "torchvision", another)
-    with pytest.raises(CheckpointError, match=r"features of the written file differ by .* \(loaded in"):
+    by = r"\d\S*" if finite else "nan"
+    with pytest.raises(CheckpointError, match=rf"features of the written file differ by {by} \(loaded in"):
         convert(v2, tmp_path / "b.pth", "torchvision")
     assert list(tmp_path.iterdir()) == []
 

@@ -241,3 +241,30 @@ def test_checksum_tells_queues_apart():
         seen.add(int(queue.checksum()))
     assert len(seen) == 5  # the first changed a copy, which is no change
     assert int(copy.deepcopy(queue).checksum()) in seen
+
+
+def test_checksum_sees_changes_whose_sum_is_0():
+    """Of the bits, by the odd numbers that columns count with."""
+    queue = moco_fast.KeyQueue(8, 20)
+    before = int(queue.checksum())
+    bits = queue.rows.view(torch.int32)
+    bits[4, 0] += 3
+    bits[4, 1] -= 1
+    assert int(queue.checksum()) != before
+
+
+def test_rows_are_gathered_from_contiguous_memory(monkeypatch):
+    """NCCL takes nothing else."""
+    sent = []
+    monkeypatch.setattr(distributed.collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda out, x: sent.append(x))
+    x = torch.randn(4, 3).t()
+    assert distributed.all_gather_rows(x).shape == (6, 4)
+    assert torch.equal(sent[0], x) and sent[0].is_contiguous()
+
+
+def test_a_seed_below_0():
+    torch.manual_seed(-1)
+    shuffle, cpu = distributed.BatchShuffle(), torch.device("cpu")
+    shuffle.agree(cpu)
+    assert torch.equal(shuffle.plan(8, 2, cpu).order.sort().values, torch.arange(8))

@@ -67,6 +67,25 @@ def test_rows_of_all_peers(shared, device, shape, dtype):
     assert got.is_contiguous(memory_format=torch.channels_last) == (shape[1] == 8)
 
 
+def test_places_of_any_stride(device):
+    from moco_fast.kernels.take_rows import take_rows_of_peers
+
+    images, out = torch.rand(6, 5, device=device), torch.empty(3, 5, device=device)
+    addresses = torch.tensor([part.data_ptr() for part in images.split(3)], device=device)
+    places = torch.tensor([5, 1, 0, 2, 3, 4], device=device)[::2]
+    take_rows_of_peers(addresses, places, 3, out)
+    assert torch.equal(out, images[places])
+
+
+def test_a_batch_is_written_between_the_barriers(shared, device):
+    """When all have read the one before, and before any reads this."""
+    images, seen = torch.rand(ROWS, 3, device=device), []
+    memory = peers._shared_by_all(images)
+    memory._handle.barrier = lambda channel: seen.append((channel, bool((memory._own == 77).all())))
+    memory.take(images, torch.arange(ROWS, device=device))
+    assert seen == [(0, True), (1, False)]
+
+
 def test_the_faster_way_is_taken(shared, monkeypatch):
     images, places = torch.zeros(ROWS, 2), torch.zeros(ROWS, dtype=torch.int64)
     for ours, others, taken in ((1e-3, 2e-3, True), (3e-3, 2e-3, False)):
@@ -76,6 +95,14 @@ def test_the_faster_way_is_taken(shared, monkeypatch):
         memory = peers.memory_if_faster(images, places, lambda: None)
         assert (memory is not None) == taken
         assert peers.memory_if_faster(images, places, lambda: None) is memory  # measured once
+
+
+def test_every_dtype_is_measured(shared, monkeypatch):
+    measured = []
+    monkeypatch.setattr(peers, "_measured", lambda images, *_: measured.append(images.dtype))
+    for dtype in (torch.uint8, torch.float32, torch.uint8):
+        peers.memory_if_faster(torch.zeros(ROWS, 2, dtype=dtype), torch.arange(ROWS), lambda: None)
+    assert measured == [torch.uint8, torch.float32]
 
 
 def refuse(*args, **options):

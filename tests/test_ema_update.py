@@ -194,6 +194,14 @@ def test_autograd_notices_the_write(backend):
         y.backward()
 
 
+def test_autograd_notices_the_write_to_masters(backend):
+    target, master, x = torch.zeros(3).bfloat16(), torch.randn(3), torch.randn(3, requires_grad=True)
+    y = (x * master).sum()
+    moco_fast.ema_update_([target], [torch.ones(3)], 0.5, masters=[master])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_opcheck_and_compile(backend, device):
     targets, sources = pairs(device=device)
     torch.library.opcheck(_ema_update_, (targets, sources, torch.tensor(0.9, dtype=torch.float64), []))
@@ -278,6 +286,15 @@ def test_bad_masters(masters, error, message):
     with pytest.raises(TypeError, match=r"targets\[0\] is torch.float64, more than its master"):
         moco_fast.ema_update_([target.double()], [torch.ones(3)], 0.5, masters=[torch.zeros(3)])
     assert (target == 0).all()
+
+
+@pytest.mark.parametrize("begins", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+def test_vectors_want_all_operands_aligned(begins, triton_device):
+    from moco_fast.kernels import ema_update
+
+    row = [torch.zeros(9, device=triton_device)[begin : begin + 8] for begin in begins]
+    _, aligned = ema_update._kind(*row)
+    assert aligned == (not any(begins))
 
 
 def test_a_number_for_float64_is_refused_in_a_cuda_graph(triton_device, monkeypatch):

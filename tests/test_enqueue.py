@@ -48,11 +48,12 @@ def test_column_storage_and_gaps(backend):
     assert base[:3, ::2].eq(0.5).all() and base[:, 1::2].eq(0).all() and base[3:].eq(0).all()
 
 
-def test_keys_may_be_rows_of_the_queue(backend):
+@pytest.mark.parametrize(("first", "position"), [(0, 1), (2, 3)])
+def test_keys_may_be_rows_of_the_queue(backend, first, position):
     queue = F.normalize(torch.randn(6, 4), dim=1)
     want = queue.clone()
-    want[1:4] = want[0:3].clone()
-    moco_fast.enqueue_(queue, torch.tensor([1]), queue[0:3])
+    want[position : position + 3] = queue[first : first + 3].clone()
+    moco_fast.enqueue_(queue, torch.tensor([position]), queue[first : first + 3])
     torch.testing.assert_close(queue, want)
 
 
@@ -88,11 +89,12 @@ def test_mirror_holds_the_same_rows(backend):
     assert ptr.item() == 2 and torch.equal(mirror, queue.half()) and queue[3:7].eq(0).all()
 
 
-def test_keys_in_another_order(backend):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_keys_in_another_order(backend, stride):
     """What un-shuffles them on the way into the queue and its mirror."""
     queue, want = torch.zeros(10, 12), torch.zeros(10, 12)
     mirror = torch.zeros(10, 12, dtype=torch.float16)
-    keys, order = torch.randn(5, 12), torch.tensor([3, 0, 4, 1, 2])
+    keys, order = torch.randn(5, 12), torch.tensor([3, 0, 4, 1, 2]).repeat_interleave(stride)[::stride]
     ptr, want_ptr = torch.tensor([7]), torch.tensor([7])
     moco_fast.enqueue_(queue, ptr, keys, mirror, order)
     moco_fast.enqueue_(want, want_ptr, keys[order])
@@ -158,6 +160,20 @@ def test_a_mirror_made_in_an_evaluation_serves_the_training(mirrored):
     assert in_step(mirrored)
 
 
+def test_a_mirror_shows_what_was_written_before_keys(mirrored):
+    assert in_step(mirrored)
+    mirrored.queue.fill_(0.25)
+    mirrored.enqueue_(torch.randn(7, 8))
+    assert in_step(mirrored)
+
+
+def test_a_mirror_shows_buffers_that_took_the_place_of_others(mirrored):
+    """Whose versions count from 0 again."""
+    assert in_step(mirrored)
+    mirrored._apply(lambda x: torch.full_like(x, 0.5) if x.is_floating_point() else x)
+    assert in_step(mirrored)
+
+
 def test_a_mirror_stays_where_cuda_graphs_know_it(mirrored):
     address = mirrored.negatives.data_ptr()
     mirrored.load_state_dict(moco_fast.KeyQueue(8, 60).state_dict())
@@ -211,6 +227,7 @@ def test_opcheck_and_compile(backend):
         ({"queue": torch.zeros(10, 4, requires_grad=True)}, ValueError, "queue requires grad"),
         ({"mirror": torch.zeros(9, 4)}, ValueError, r"mirror must have the shape of queue, \(10, 4\)"),
         ({"mirror": torch.zeros(10, 4, dtype=torch.int8)}, TypeError, "mirror must have a floating"),
+        ({"mirror": torch.zeros(10, 4, requires_grad=True)}, ValueError, "mirror requires grad"),
         ({"order": torch.zeros(2)}, TypeError, "order must be an int64 tensor of one dimension"),
         ({"order": torch.tensor([0])}, ValueError, r"order must number the 2 keys, got shape \(1,\)"),
         ({"order": torch.tensor([0, 2])}, ValueError, r"order must be in \[0, 2\), got 0 to 2"),

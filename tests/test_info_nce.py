@@ -101,16 +101,6 @@ def test_temperatures(backend, temperature):
         assert error <= 2 * eager_error + 1e-6 / temperature * want_dq.norm() + 1e-30
 
 
-def test_tiny_losses_keep_their_digits(backend):
-    """Positive at 1, negatives at -1: the loss is log1p(K e^{-2/T}), far below the logits' rounding."""
-    q = F.normalize(torch.randn(3, 16), dim=1)
-    queue = -q[:1].expand(50, 16).contiguous()
-    rows, dq, _ = fused(q[:1], q[:1], queue, 0.1)
-    want = torch.log1p(50 * torch.exp(torch.tensor(-2 / 0.1, dtype=torch.float64)))
-    assert float(rows[0]) == pytest.approx(float(want), rel=2e-5)
-    assert torch.isfinite(dq).all()
-
-
 def test_rows_of_any_norm(backend):
     q, k, _ = make(9, 1, 32)
     queue = torch.randn(300, 32) * torch.logspace(-3, 2, 300)[:, None]
@@ -120,9 +110,11 @@ def test_rows_of_any_norm(backend):
     assert relative(dq, want_dq) < 1e-5
 
 
-def test_zero_rows_follow_normalize(backend):
+@pytest.mark.parametrize("norm", [0.0, 1e-13])
+def test_short_rows_follow_normalize(backend, norm):
+    """Below 1e-12 a row is divided by that, a constant through which no gradient flows."""
     q, k, queue = make(4, 50, 8)
-    q[1] = 0
+    q[1] *= norm / q[1].norm()
     want, want_dq, _ = official(q, k, queue, 0.5)
     rows, dq, _ = fused(q, k, queue, 0.5)
     assert torch.allclose(rows.double(), want, rtol=1e-5)
@@ -305,7 +297,7 @@ def test_bf16_path_by_tiles(shape, need_dq, monkeypatch):
     monkeypatch.setattr(native.compiled, "has_bf16_units", lambda: True)
     got = native.info_nce(q, k, queue, 0.1, "medium", need_dq, True)
     real = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    for a, b in zip(got[:2], want[:2], strict=True):
+    for a, b in zip((*got[:2], *got[3:]), (*want[:2], *want[3:]), strict=True):
         assert a.shape == b.shape and torch.allclose(
             a, b, rtol=0.05 if real else 1e-4, atol=0.05 if real else 1e-5
         )

@@ -44,6 +44,12 @@ def test_on_the_machine_of_rank_0_the_way_to_anywhere(network, master):
     assert chosen() == "eth0"
 
 
+def test_scripts_that_no_launcher_started(network):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        network.delenv(name)
+    assert chosen() == "eth0"
+
+
 def test_gloos_own_choice_stays(network):
     with network.context() as patch:
         patch.setattr(interface, "_address_of", lambda host: "10.0.0.5")

@@ -50,7 +50,9 @@ def test_twenty_steps(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_eval_changes_nothing(loss):
-    methods.assert_eval_changes_nothing(build(loss), next(batches(batch=5)))
+    model = build(loss)
+    methods.assert_eval_changes_nothing(model, next(batches(batch=5)))
+    assert model.generator.state() is None
 
 
 @pytest.mark.parametrize("loss", LOSSES)

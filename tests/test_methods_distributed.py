@@ -6,6 +6,7 @@ import methods
 import pytest
 import ranks
 import torch
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,6 +59,25 @@ def test_ranks_equal_one_process(tmp_path, name):
     for key, value in model.state_dict().items():
         assert torch.equal(state[key], other_state[key]), key
         torch.testing.assert_close(state[key], value, rtol=1e-4, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def rank_statistics(rank, name):
+    torch.manual_seed(3)
+    model = MODELS[name]()
+    for module in model.modules():  # of a head: the features would tell how the batch was cut
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    each = BATCH // distributed.world_size()
+    torch.manual_seed(1)
+    _, stats = model(*next(batches(name, slice(rank * each, (rank + 1) * each))), return_stats=True)
+    return stats
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_are_those_of_one_process(tmp_path, name):
+    first, second = ranks.run(2, rank_statistics, name, folder=tmp_path)
+    for key, want in rank_statistics(0, name).items():
+        torch.testing.assert_close((first[key] + second[key]) / 2, want, rtol=1e-4, atol=1e-6)
 
 
 def rank_disagreeing(rank, name):

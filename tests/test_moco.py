@@ -244,6 +244,7 @@ def test_split_batchnorm_keeps_options_and_shared_modules():
     halves = x.reshape(6, 4, 4)  # momentum=None: the plain average over everything seen
     torch.testing.assert_close(net.bn.running_mean, halves.mean((0, 1)))
     torch.testing.assert_close(net.bn.running_var, halves.var(1).mean(0))
+    assert not split_batchnorm(nn.BatchNorm1d(4).eval(), 2).training
 
 
 @pytest.mark.parametrize("call", [from_logits, fused])

@@ -17,16 +17,29 @@ from moco_fast import distributed
 from moco_fast.models.moco_v3 import MoCo_ResNet
 
 
-def rank_of_one_process(rank):
-    """Losses and state of two steps' worth of ranks, where no batch norm tells how the batch was cut."""
+def uncut():
+    """A model in training, in which no batch norm tells how the batch was cut."""
     model = build(encoder=partial(TinyNet, norm=False))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.eval()
+    return model
+
+
+def rank_of_one_process(rank):
+    """Losses and state of two steps' worth of ranks."""
+    model = uncut()
     each = 12 // distributed.world_size()
     part = slice(rank * each, (rank + 1) * each)
     wrapped = DistributedDataParallel(model) if distributed.world_size() > 1 else model
     return train(wrapped, sgd(model), steps=5, part=part), model.state_dict()
+
+
+def rank_statistics(rank):
+    each = 12 // distributed.world_size()
+    part = slice(rank * each, (rank + 1) * each)
+    ((x1, x2),) = views()
+    return uncut()(x1[part], x2[part], 0.9, return_stats=True)[1]
 
 
 def rank_official(rank):
@@ -63,7 +76,7 @@ def rank_disagreement(rank):
 
 
 def rank_everything(rank):
-    return rank_of_one_process(rank), rank_official(rank), rank_disagreement(rank)
+    return rank_of_one_process(rank), rank_official(rank), rank_disagreement(rank), rank_statistics(rank)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +92,12 @@ def test_two_ranks_equal_one_process(found):
         assert_same_state(got, state, rtol=1e-5, atol=1e-6)
 
 
+def test_statistics_are_those_of_one_process(found):
+    first, second = found[3]
+    for name, want in rank_statistics(0).items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, want, rtol=1e-4, atol=1e-6)
+
+
 def test_two_ranks_equal_the_official_scheme(found):
     for (want, want_state), (got, state) in found[1]:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
@@ -91,7 +110,7 @@ def test_ranks_that_disagree_all_hear_of_it(found):
     for message, words in zip(
         first,
         [
-            "x1 must be the same on every rank, got (6, 3, 8, 8) on rank 0, (7, 3, 8, 8) on rank 1",
+            "x1 must be the same on every rank, got ((6, 3, 8, 8), torch.float32) on rank 0, ((7, 3, 8, 8), ",
             "m must be the same on every rank, got 0.9 on rank 0, 0.8 on rank 1",
             "T must be the same on every rank, got 0.3 on rank 0, 0.5 on rank 1",
             "dim must be the same on every rank, got 16 on rank 0, 8 on rank 1",

@@ -95,6 +95,14 @@ def test_lars_follows_its_formula(backend, reads_tensors, device, dtype):
         close(optimizer.state[param]["mu"], expected, dtype, factor=32)
 
 
+def test_lars_of_a_gradient_of_zero(backend, device):
+    """Whose norm would divide by zero."""
+    param = torch.ones(4, 2, device=device, requires_grad=True)
+    param.grad = torch.zeros(4, 2, device=device)
+    LARS([param], 0.5).step()
+    assert (param == 1).all()
+
+
 def test_lars_norms_are_the_same_every_time(backend, device):
     """Whatever the threads do: sums of fixed parts in a fixed order."""
     results = []

@@ -191,7 +191,8 @@ def test_a_step_count_that_is_a_number():
     state["state"][0]["step"] = 1
     counted.load_state_dict(state)
     counted.step()
-    assert counted.state[param]["step"].equal(torch.tensor(2.0))
+    count = counted.state[param]["step"]
+    assert count == 2 and count.dtype == torch.float32
 
 
 def test_autograd_notices_the_write(backend):
@@ -202,6 +203,18 @@ def test_autograd_notices_the_write(backend):
     for output in (y, z):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.backward()
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW, LARS])
+def test_versions_of_the_state_rise(backend, kind):
+    param = torch.ones(3, 2, requires_grad=True)
+    param.grad = torch.ones(3, 2)
+    optimizer = make(kind, [param])
+    optimizer.step()
+    before = {name: value._version for name, value in optimizer.state[param].items()}
+    optimizer.step()
+    for name, version in before.items():
+        assert optimizer.state[param][name]._version > version, name
 
 
 @pytest.mark.gpu
@@ -245,6 +258,11 @@ def test_graph_replays_what_eager_does(kind):
         (lambda p: SGD(p, "fast"), TypeError, "lr must be a number, got str 'fast'"),
         (lambda p: SGD(p, momentum=-0.1), ValueError, "momentum must be finite and at least 0, got -0.1"),
         (lambda p: SGD(p, nesterov=True), ValueError, "nesterov needs momentum above 0 .* got momentum=0"),
+        (
+            lambda p: SGD(p, momentum=0.9, dampening=0.1, nesterov=True),
+            ValueError,
+            "nesterov needs .* dampening 0, got momentum=0.9, dampening=0.1",
+        ),
         (lambda p: SGD(p, weight_decay=float("nan")), ValueError, "weight_decay must be finite .* got nan"),
         (lambda p: SGD(p, m=1.5), ValueError, r"m must be in \[0, 1\], got 1.5"),
         (lambda p: SGD(p, ema=[(torch.zeros(4), p[0])]), ValueError, r"sources\[0\] must have the shape"),
@@ -277,5 +295,11 @@ def test_bad_steps_change_nothing(backend):
     optimizer.m = 0.9
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
     with pytest.raises(ValueError, match="lr is on meta"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1).half()
+    with pytest.raises(TypeError, match="lr as a tensor must be float32 or float64, got torch"):
+        optimizer.step()
+    optimizer.param_groups[0].update(lr=0.1, weight_decay=-1.0)
+    with pytest.raises(ValueError, match="weight_decay must be finite and at least 0, got -1"):
         optimizer.step()
     assert first.tolist() == [1] * 3 and key.tolist() == [0] * 3

@@ -137,6 +137,13 @@ def test_constant_channels(backend, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_bf16_ties_go_to_even(backend, layout):
+    x = LAYOUTS[layout](torch.randn(4, 16, 4, 4).bfloat16())
+    y, _, _ = moco_fast.split_batch_norm(x, torch.zeros(16), torch.full((16,), 1 + 2**-8), 2)
+    assert (y == 1).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("has", [(True, False), (False, True), (False, False)], ids=str)
 def test_without_weight_or_bias(backend, has, layout):
     x, weight, bias, dy = make((6, 9, 4, 4), layout=layout)

@@ -63,6 +63,7 @@ def test_checksum_sees_the_labels():
     before = model.checksum()
     model.queue_labels[3] = 2
     assert model.checksum() != before
+    before = model.checksum()
     model.queue_labels[3], model.queue_labels[4] = -1, 2
     assert model.checksum() != before
 

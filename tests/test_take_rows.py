@@ -1,5 +1,7 @@
 """take_rows: every backend against indexing, bit for bit, for rows of any type in any memory format."""
 
+import math
+
 import pytest
 import torch
 
@@ -50,6 +52,28 @@ def test_memory_formats(backend):
     ]:
         got = moco_fast.take_rows(x, index)
         assert torch.equal(got, x[index]) and got.stride() == strides
+
+
+def test_an_index_of_any_stride(backend):
+    x, index = rows_of(7, 5), torch.tensor([6, 0, 2, 0, 5, 0])[::2]
+    assert torch.equal(moco_fast.take_rows(x, index), x[index])
+
+
+def test_triton_words_begin_where_rows_do(place):
+    if place[0] != "triton":
+        return  # the others copy bytes
+    from moco_fast.kernels import take_rows as kernel
+
+    memory = torch.zeros(81, dtype=torch.uint8, device=place[1])
+    for begin, shape, word in [
+        (0, (10, 8), torch.int64),
+        (4, (9, 8), torch.int32),
+        (2, (9, 8), torch.int16),
+        (1, (10, 8), torch.uint8),
+        (0, (9, 6), torch.int16),
+    ]:
+        rows = memory[begin : begin + math.prod(shape)].view(shape)
+        assert kernel._word(rows) == word, (begin, shape)
 
 
 def test_no_rows_taken(backend):
