@@ -47,7 +47,7 @@ def one_gradient(reduction: str, wanted: bool) -> None:
 
 def number(name: str, value: object) -> float:
     """Return ``value`` as a float, or raise TypeError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # NumPy's are Real
+    if isinstance(value, bool) or not isinstance(value, Real):  # as NumPy's are
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     return float(value)
 
@@ -62,7 +62,7 @@ def not_negative(name: str, value: object) -> float:
 
 def count(name: str, value: object, least: int = 1) -> int:
     """Return ``value`` as an int if it is an integer of at least ``least``, or raise."""
-    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

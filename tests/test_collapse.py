@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import ranks
 import torch
 from rich.console import Console
 from torch import nn
@@ -50,23 +49,6 @@ def test_watch_takes_training_outputs_only():
     out = encoder.train()(x)
     found = watch.stats()
     assert found["spread"] == embedding_stats(out)["spread"] and not found["spread"].requires_grad
-    parts = [encoder(part) for part in x.split(2)]  # of one step
-    assert watch.stats() == embedding_stats(torch.cat(parts))
-
-
-def rank_watched(rank):
-    encoder = nn.Linear(3, 2)
-    nn.init.eye_(encoder.weight)
-    watch = EmbeddingWatch(encoder)
-    encoder(torch.randn(4, 3, generator=torch.Generator().manual_seed(0))[2 * rank : 2 * rank + 2])
-    return watch.stats()
-
-
-def test_watch_takes_the_embeddings_of_all_ranks(tmp_path):
-    """Two rows are a line whatever they are."""
-    torch.manual_seed(0)
-    found = ranks.run(2, rank_watched, folder=tmp_path)
-    assert found[0] == found[1] and found[0]["rank"] > 1.01
 
 
 def test_alarm_waits_then_tells_once_and_forgets():
@@ -84,7 +66,7 @@ def test_alarm_waits_then_tells_once_and_forgets():
 
 def test_fresh_networks_are_not_judged():
     assert [grace(total, 11, 256) for total in (20, 1100, 10_000)] == [2, 110, 200]
-    assert grace(1_000_000, 5004, 256) == 5004 and grace(1000, 10, 2) == 1000
+    assert grace(1_000_000, 5004, 256) == 5004 and grace(1000, 10, rows=2) == 1000
     alarm = CollapseAlarm(grace=100)
     for step in range(10, 101, 10):
         assert alarm.look(step, 0.01, 1.0) is None and alarm.since is None

@@ -38,7 +38,7 @@ def test_flat_mixed_and_single_class_folders_have_no_labels(tmp_path):
         write_image(single / "a" / f"{i}.png")
     write_image(mixed / "loose.png")
     no_folders = "no labels, for it has no two class folders"
-    loose = "no labels, for 1 of the images, such as loose.png, are in no class folder"
+    loose = "no labels, for it has images beside the class folders, such as loose.png"
     for path, count, note in ((flat, 3, no_folders), (mixed, 7, loose), (single, 3, no_folders)):
         dataset = load_dataset(path, canvas=4, log=pytest.fail)
         assert note in dataset.note

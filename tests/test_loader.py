@@ -104,6 +104,8 @@ def test_another_image_of_the_class_stands_in(tmp_path):
         assert fetched.indices.tolist() == [0, 1, 0, 3, 4, 3]
         assert torch.equal(fetched.images[:, 0, 0, 0].long(), fetched.indices)
         assert [index for index, _ in fetched.broken] == [2, 5]
+    alone = FolderImages([str(path) for path in paths], 4, torch.tensor([0, 0, 1, 0, 0, 0]))
+    assert alone.fetch(torch.tensor([2, 5])).indices.tolist() == [0, 0]  # no other is of its class
     without = FolderImages([str(path) for path in paths], 4)
     assert without.fetch(torch.tensor([2, 5])).indices.tolist() == [3, 0]
 

@@ -92,8 +92,8 @@ def test_the_update_of_the_key_encoder_may_be_overridden(base):
     [
         (moco_fast.MoCo, "_dequeue_and_enqueue", "override enqueue_"),
         (builder.MoCo, "_dequeue_and_enqueue", "override enqueue_"),
-        (builder.MoCo, "_batch_shuffle_ddp", "nothing has to be put in its place"),
-        (builder.MoCo, "_batch_unshuffle_ddp", "nothing has to be put in its place"),
+        (builder.MoCo, "_batch_shuffle_ddp", "no process group is needed"),
+        (builder.MoCo, "_batch_unshuffle_ddp", "no process group is needed"),
         (builder.MoCo, "_build_projector_and_predictor_mlps", "MoCo v3 is MoCo_ResNet and MoCo_ViT"),
         (moco_fast.MoCo_ResNet, "_build_projector_and_predictor_mlps", "set PROJECTOR_LAYERS"),
         (moco_fast.MoCo_ViT, "contrastive_loss", "override forward"),
@@ -105,6 +105,9 @@ def test_an_override_that_nothing_calls_is_refused(base, name, instead):
 
     with pytest.raises(TypeError, match=rf"Mine\.{name} would never be called: .*{instead}"):
         type("Mine", (base,), {name: method})
+    mixed_in = type("MixedIn", (), {name: method})
+    with pytest.raises(TypeError, match=rf"MixedIn\.{name} would never be called"):
+        type("Mine", (mixed_in, base), {})
     own = type("Own", (base,), {"forward": forward_by_hand})
     assert issubclass(type("Mine", (own,), {name: method}), base)  # whose forward may call it
 
@@ -152,6 +155,24 @@ def test_encoders_without_a_head_as_the_official_class_takes_them(width):
             moco_fast.MoCo(encoder, 16, 64, mlp=True)
 
 
+class Masked(TinyNet):
+    """An encoder with parameters that no gradient moves: a mask, a table of integers, a switch."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        for name, value in (("mask", torch.full((2, 2), -torch.inf).triu(1)), ("table", torch.arange(3))):
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+        self.switch = nn.Parameter(torch.tensor(True), requires_grad=False)
+
+
+def test_v3_follows_parameters_of_any_kind():
+    model = moco_fast.MoCo_ResNet(Masked, 16, 24, 0.3)
+    model.base_encoder.table += 1
+    model(*next(views()), 0.9)
+    for name in ("mask", "table", "switch"):
+        assert torch.equal(getattr(model.momentum_encoder, name), getattr(model.base_encoder, name))
+
+
 def test_numbers_of_numpy():
     model = build(K=np.int64(64), m=np.float32(0.9), T=np.float64(0.1))
     assert [type(value) for value in (model.K, model.m, model.T)] == [int, float, float]
@@ -193,13 +214,25 @@ def test_a_checkpoint_ends_a_step_that_has_begun():
     assert int(model.queue_ptr) == 24
 
 
-def test_data_parallel_is_refused():
+def test_data_parallel_is_refused_in_training():
     """Its replicas are thrown away with what they have learned."""
-    for model, extra in ((build(), ()), (build(builder.MoCo), ()), (three(), (0.9,))):
-        replica = model._replicate_for_data_parallel()
+    three = moco_fast.MoCo_ResNet(TinyNet, 16, 24, 0.3)
+    for model, extra in ((build(), ()), (build(builder.MoCo), ()), (three, (0.9,))):
         with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
-            replica(*next(views()), *extra)
+            model._replicate_for_data_parallel()(*next(views()), *extra)
+        model.eval()._replicate_for_data_parallel()(*next(views()), *extra)
 
 
-def three():
-    return moco_fast.MoCo_ResNet(TinyNet, 16, 24, 0.3)
+def test_a_forward_of_official_methods_leaves_the_ema_to_the_optimizer():
+    found = []
+    for cls in (ByHand, moco_fast.MoCo):
+        model = build(cls)
+        optimizer = moco_fast.SGD(model.parameters(), lr=0.1, ema=model.move_ema_into_step(), m=0.9)
+        for batch in views(count=3):
+            optimizer.zero_grad()
+            from_logits(model, *batch).backward()
+            optimizer.step()
+        found.append(list(model.encoder_k.parameters()))
+    torch.testing.assert_close(*found)
+    with pytest.raises(ValueError, match="splits=3 must divide the batch, got 8"):
+        build(ByHand, bn_splits=3)(*next(views(8)))

@@ -20,7 +20,7 @@ from moco_fast.train.config import PretrainConfig
 from moco_fast.train.display import Display
 from moco_fast.train.loop import pretrain
 from moco_fast.train.record import Recorder
-from moco_fast.train.run import FolderLock, resume_or_begin
+from moco_fast.train.run import FolderLock, differences, resume_or_begin
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,20 @@ def test_restart_goes_on_with_the_recipe_that_was_fitted(tmp_path):
     first = run(tmp_path / "run", config, resume="auto")
     again = run(tmp_path / "run", config, resume="auto")
     assert first.step == again.step == 5
+
+
+def test_differences_are_those_of_the_options_that_both_have():
+    now = {
+        "lr": 0.1,
+        "new": 1,
+        "augment": {"gray_p": 0.1, "gray_first": False},
+        "second": None,
+        "size": (1, 2),
+    }
+    then = {"lr": 0.2, "old": 1, "augment": {"gray_p": 0.2}, "second": {"gray_p": 0.2}, "size": [1, 2]}
+    second = "second=None, was {'gray_p': 0.2}"
+    assert differences(now, then) == f"lr=0.1, was 0.2; augment.gray_p=0.1, was 0.2; {second}"
+    assert differences(now, then, ["lr", "new", "gone"]) == "lr=0.1, was 0.2"
 
 
 def contents(folder):

@@ -287,6 +287,27 @@ def test_rate_is_scaled_to_the_batch():
         assert learning_rate(config, 0, 10) == pytest.approx(want)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "step"}, "milestones must be above 0 and below epochs=2 .*, got 120 160"),
+        ({"milestones": (1,)}, r"schedule 'cosine' does not use milestones, got \(1,\)"),
+    ],
+)
+def test_milestones_that_a_run_would_not_meet(tmp_path, changes, message):
+    config = replace(TINY, **changes)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists() and PretrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_second_view_of_a_size_that_the_network_cannot_take(tmp_path):
+    config = replace(TINY, arch="small_vit", augment_second=AugmentConfig(image_size=16))
+    with pytest.raises(ValueError, match="arch 'small_vit' cannot take images of image_size=16 pixels"):
+        run(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_step_schedule():
     config = replace(TINY, lr=1.0, epochs=10, schedule="step", milestones=(3, 6))
     assert [learning_rate(config, s, 10) for s in (0, 29, 30, 59, 60)] == pytest.approx(
@@ -324,12 +345,6 @@ def test_two_images_are_enough(tmp_path):
         ({"batch_size": 1024}, "batch_size must be at most queue_size=512, got 1024"),
         ({"bn_splits": 3}, "bn_splits=3 must divide batch_size=256"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"schedule": "step"}, "milestones must be above 0 and below epochs=2 .*, got 120 160"),
-        ({"milestones": (1,)}, r"schedule 'cosine' does not use milestones, got \(1,\)"),
-        (
-            {"augment_second": AugmentConfig(image_size=16)},
-            "augment_second.image_size must be that of augment, 8, got 16",
-        ),
         ({"schedule": "linear"}, "schedule must be one of 'cosine', 'step', got 'linear'"),
     ],
 )

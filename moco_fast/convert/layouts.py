@@ -247,8 +247,8 @@ def _take_queue(
     if "queue" in rest:
         return rest.pop("queue"), rest.pop("queue_ptr", None)
     bank: dict[str, Any] = {}
-    held = {name.removesuffix("bank") for name in rest if name.endswith(".memory_bank.bank")}
-    for prefix in (*held, "criterion."):  # where lightly's early versions had it
+    held = [name.removesuffix("bank") for name in rest if name.endswith(".memory_bank.bank")]
+    for prefix in (*held[:1], "criterion."):  # where lightly's early versions had it
         bank |= {name: rest.pop(prefix + name) for name in ("bank", "bank_ptr") if prefix + name in rest}
     early = "bank" in bank
     if not early and isinstance(unused.get("memory_bank"), dict):

@@ -69,11 +69,12 @@ class FolderImages:
         return FolderImages([self.name_of(row) for row in rows.tolist()], self.canvas, labels)
 
     def fetch(self, indices: Tensor) -> Fetched:
-        """Decode the files at ``indices``, (B,) int64; a broken file is replaced by the next whole one of its
-        class, which what is computed from it may be taken for.
+        """Decode the files at ``indices``, (B,) int64; a broken file is replaced by the next whole one.
+
+        By one of its class, if there is any: what is computed from it may be taken for the class.
 
         Raises:
-            RuntimeError: not one file of its class can be decoded.
+            RuntimeError: not one file of the folder can be decoded.
         """
         images = np.empty((len(indices), 3, self.canvas, self.canvas), dtype=np.uint8)
         aspect = np.empty(len(indices), dtype=np.float32)
@@ -96,7 +97,8 @@ class FolderImages:
         yield index
         same = np.flatnonzero(self._labels == self._labels[index])
         first = np.searchsorted(same, index, side="right")
-        yield from (int(at) for at in np.roll(same, -first)[:-1])
+        yield from np.roll(same, -first)[:-1].tolist()
+        yield from np.flatnonzero(self._labels != self._labels[index]).tolist()
 
 
 def load_folder(
@@ -230,7 +232,7 @@ def _classes(files: Sequence[str]) -> dict[str, int]:
 def _why_no_classes(files: Sequence[str]) -> str:
     loose = [file for file in files if not _top(file)]
     if 0 < len(loose) < len(files):
-        return f"{len(loose)} of the images, such as {loose[0]}, are in no class folder"
+        return f"it has images beside the class folders, such as {loose[0]}"
     return "it has no two class folders"
 
 

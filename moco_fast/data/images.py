@@ -7,6 +7,7 @@ to know if worker processes pay.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class Dataset:
     @property
     def short_name(self) -> str:
         """Of a directory its own name alone."""
-        return Path(self.name).resolve().name
+        return Path(os.path.abspath(self.name)).name
 
     @property
     def channels(self) -> int:

@@ -128,7 +128,7 @@ def _differences(given: list[tuple[str | None, dict[str, object]]]) -> str:
             by_value.setdefault(repr(facts.get(name)), []).append(i)
         if len(by_value) > 1:
             values = [given[ranks[0]][1].get(name) for ranks in by_value.values()]
-            texts = list(map(str, values)) if len(set(map(str, values))) > 1 else list(by_value)
+            texts = list(map(str, values)) if len(set(map(str, values))) == len(values) else list(by_value)
             shown = ", ".join(
                 f"{text} on {name_ranks(ranks)}" for text, ranks in zip(texts, by_value.values(), strict=True)
             )

@@ -40,10 +40,11 @@ class Method(nn.Module):
         """Refuse a method in a subclass that its ``forward``, if it is ours, would never call."""
         super().__init_subclass__(**options)
         if cls.forward.__module__.startswith("moco_fast."):
-            for base in cls.__bases__:
-                for name, instead in getattr(base, "UNCALLED", {}).items():
-                    if name in vars(cls):
-                        raise TypeError(f"{cls.__name__}.{name} would never be called: {instead}")
+            for own in cls.__mro__:
+                if own.__module__.startswith("moco_fast."):
+                    break
+                for name in cls.UNCALLED.keys() & vars(own).keys():
+                    raise TypeError(f"{own.__name__}.{name} would never be called: {cls.UNCALLED[name]}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A module goes into a list of its own, behind what the class has by that name.

@@ -73,8 +73,8 @@ class MoCo(Method, KeyQueue):
     _ddp_params_and_buffers_to_ignore = not_broadcast("queue", "queue_ptr")
     UNCALLED: ClassVar[Mapping[str, str]] = {
         "_dequeue_and_enqueue": "override enqueue_(keys, order), which is given the keys of all ranks",
-        "_batch_shuffle_ddp": "without a process group nothing has to be put in its place; see shuffle_bn",
-        "_batch_unshuffle_ddp": "without a process group nothing has to be put in its place; see shuffle_bn",
+        "_batch_shuffle_ddp": "no process group is needed; shuffle_bn=False leaves the shuffle out",
+        "_batch_unshuffle_ddp": "no process group is needed; shuffle_bn=False leaves the shuffle out",
         "_build_projector_and_predictor_mlps": "MoCo v3 is MoCo_ResNet and MoCo_ViT",
     }
 
@@ -93,7 +93,7 @@ class MoCo(Method, KeyQueue):
         shuffle_bn: bool = True,
     ) -> None:
         K, m, T = checks.count("K", K), checks.fraction("m", m), checks.temperature("T", T)
-        checks.count("bn_splits", bn_splits)
+        bn_splits = checks.count("bn_splits", bn_splits)
         checks.one_of("queue_sync", queue_sync, ("global", "local"))
 
         # Drawn in the official order (query, key, MLPs, queue): one seed, one initial state.
@@ -286,7 +286,7 @@ class MoCo(Method, KeyQueue):
         self._begin()
         # Images travel while the queries are encoded.
         exchanges = [self._exchange(images) if shuffles else None for _, images in directions]
-        if not self._waiting and not self.ema_in_step:
+        if not self._waiting:
             self._momentum_update_key_encoder()
         q = _joined([self.encoder_q(images) for images, _ in directions])
         with torch.no_grad():
@@ -338,7 +338,10 @@ class MoCo(Method, KeyQueue):
 
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
-        """``encoder_k <- m * encoder_k + (1 - m) * encoder_q``; buffers stay as they are."""
+        """``encoder_k <- m * encoder_k + (1 - m) * encoder_q``, unless the optimizer does it; no buffers."""
+        if self.ema_in_step:
+            return
+        steps.check_shards(self, "encoder_k", "encoder_q")
         pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
         steps.follow_(self.encoder_k, pairs, self.m)
 
@@ -351,6 +354,7 @@ class MoCo(Method, KeyQueue):
     @torch.no_grad()
     def _batch_shuffle_ddp(self, x: Tensor) -> tuple[Tensor, distributed.Exchange]:
         """The images (N, ...) that this rank gets for its own; and what brings their keys back."""
+        moco_checks.encoders(self, len(x))
         self._begin()
         exchange = self._exchange(x)
         return exchange.images(), exchange

@@ -31,7 +31,7 @@ def step(
     steps.check_views(least=0, im_q=im_q, im_k=im_k)
     _check_batch(model, len(im_q))
     if model.training:
-        _check_encoders(model, len(im_q))
+        encoders(model, len(im_q))
     return {} if distributed.world_size() == 1 else _facts(model, im_q, im_k, shuffles)
 
 
@@ -45,7 +45,8 @@ def _check_batch(model: MoCo, images: int) -> None:
         raise ValueError(f"the batch must hold 1 to K={K} images{views}, got {enqueued}")
 
 
-def _check_encoders(model: MoCo, images: int) -> None:
+def encoders(model: MoCo, images: int) -> None:
+    """Raise if the encoders cannot take a batch of so many images in training."""
     if not model.ema_in_step:
         steps.check_shards(model, "encoder_k", "encoder_q")
     if images % model.bn_splits:

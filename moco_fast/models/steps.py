@@ -29,7 +29,7 @@ def build_encoder(
 
     Raises:
         TypeError: not callable, or outputs is not an integer.
-        ValueError: outputs below 1, no head, or one that ends the encoder and returns other features.
+        ValueError: outputs below 1, no head, or one of another width, unless more follows it.
     """
     if isinstance(base_encoder, nn.Module):
         raise TypeError(
@@ -51,7 +51,7 @@ def build_encoder(
         return encoder, ""
     linear = encoder.get_submodule(head)
     width = linear.out_features
-    if width != outputs and list(encoder.modules())[-1] is linear:
+    if width != outputs and (needs_head or list(encoder.modules())[-1] is linear):
         raise ValueError(
             f"base_encoder(num_classes={outputs}) must return {outputs} features, its head has {width}"
         )
@@ -96,13 +96,13 @@ def agree(model: nn.Module, check: Callable[[], dict[str, object]], device: torc
         device: of the images, whose autocast must be the same.
 
     Raises:
-        RuntimeError: the model is a replica of DataParallel, whose updates are thrown away.
+        RuntimeError: training a replica of DataParallel.
         Disagreement: ranks were given different things, or one of them has a problem.
         Exception: in one process, what ``check`` raised.
     """
-    if getattr(model, "_is_replica", False):
+    if model.training and getattr(model, "_is_replica", False):
         raise RuntimeError(
-            "torch.nn.DataParallel throws away what a step changes, the momentum encoder and the queue: use "
+            "torch.nn.DataParallel cuts the batch, and throws away what a step changes, such as a queue: use "
             "DistributedDataParallel, one process per GPU"
         )
     problem: Exception | None = None
@@ -148,13 +148,16 @@ def follow_(
     """``target <- m * target + (1 - m) * source``, of a module's parameters; FSDP2's shard by shard.
 
     Before the target is used, and before what it follows is gathered. ``untrained`` pairs, mostly equal, move
-    by ``(1 - m) (source - target)``, which keeps what is equal to the last bit; the average need not.
+    by ``(1 - m) (source - target)`` where they differ, which keeps what is equal to the last bit, as the
+    average need not; integers are copied.
     """
     trained = [distributed.local_shards(pair) for pair in pairs]
     ops.ema_update_([own for own, _ in trained], [other for _, other in trained], m)
     for pair in untrained:
         own, other = distributed.local_shards(pair)
-        own.add_((other - own) * (1 - m))
+        if own.is_floating_point():
+            other = torch.where(own == other, own, own + (other - own) * (1 - m))  # infinities are equal too
+        own.copy_(other)
     unshard: Any = getattr(target, "unshard", None)
     if unshard is not None:  # else FSDP2 gathers on a stream that has not waited for this
         unshard()

@@ -73,7 +73,7 @@ def run_sweep(points: Sequence[Point], seeds: Sequence[int], out: Path, console:
         rows = on_rank_0(lambda: read_rows(out))
         done = {(row.series, row.x, row.seed) for row in rows}
         todo = [run for run in runs if run.key not in done]
-        if todo:
+        if todo and Path(todo[0].config.data).is_dir():  # what has a name has labels
             _need_labels(todo[0].config)
         began = time.monotonic()
         for number, run in enumerate(todo):

@@ -46,12 +46,13 @@ def build_model(config: PretrainConfig, channels: int, facts: Facts) -> Method:
         encoder = partial(encoder, stop_grad_conv1=True)
     model = row.build(encoder, config, facts)
     model.eval()
-    try:
-        model.features(torch.zeros(1, channels, size, size))
-    except Exception as error:  # whatever the backbone raises for a size it was not made for
-        raise ValueError(
-            f"arch {config.arch!r} cannot take images of image_size={size} pixels: {error}"
-        ) from error
+    for view in {size, (config.augment_second or config.augment).image_size}:
+        try:
+            model.features(torch.zeros(1, channels, view, view))
+        except Exception as error:  # whatever the backbone raises for a size it was not made for
+            raise ValueError(
+                f"arch {config.arch!r} cannot take images of image_size={view} pixels: {error}"
+            ) from error
     return model.train()
 
 

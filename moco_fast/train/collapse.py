@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moco_fast.distributed import all_gather_rows
-
 # Alarming below. A spread of 0.35 is a mean cosine of different images of 0.88; on a line the rank is 1.
 SPREAD, RANK = 0.35, 1.1
 PATIENCE = 50  # steps that it must last
@@ -37,19 +35,19 @@ class EmbeddingWatch:
     """
 
     def __init__(self, encoder: nn.Module) -> None:
-        self._seen: list[Tensor] = []
+        self._latest: Tensor | None = None
         encoder.register_forward_hook(self._keep)
 
     def _keep(self, encoder: nn.Module, inputs: object, output: Tensor) -> None:
         if encoder.training:
-            self._seen.append(output.detach())
+            self._latest = output.detach()
 
     def stats(self) -> dict[str, Tensor]:
-        """``spread`` and ``rank`` of what was made since the last call, on all ranks; 0-d, on its device."""
-        if not self._seen:
+        """``spread`` and ``rank`` of the latest batch, 0-d tensors on its device."""
+        if self._latest is None:
             raise RuntimeError("the encoder has not been called in training mode")
-        seen, self._seen = torch.cat(self._seen), []
-        return embedding_stats(all_gather_rows(seen))
+        latest, self._latest = self._latest, None
+        return embedding_stats(latest)
 
 
 @torch.no_grad()
@@ -71,10 +69,10 @@ def embedding_stats(
 def grace(
     total: int,  # steps of the run
     steps_per_epoch: int,
-    batch_size: int,
+    rows: int,  # of the embeddings that statistics are taken of
 ) -> int:
-    """Steps at the start of a run that are not judged; all where the batch is a point or a line by itself."""
-    return total if batch_size < 3 else min(total // 10, max(steps_per_epoch, GRACE))
+    """Steps at the start of a run that are not judged: all where two rows, or one, are on a line anyhow."""
+    return total if rows < 3 else min(total // 10, max(steps_per_epoch, GRACE))
 
 
 class CollapseAlarm:

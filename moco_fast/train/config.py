@@ -177,13 +177,6 @@ class PretrainConfig:
             if not (math.isfinite(value) and value >= lowest):
                 raise ValueError(f"{name} must be finite and at least {lowest:g}, got {value!r}")
         checks.one_of("schedule", self.schedule, ("cosine", "step"))
-        if self.schedule == "step" and not all(0 < epoch < self.epochs for epoch in self.milestones):
-            raise ValueError(
-                f"milestones must be above 0 and below epochs={self.epochs} with schedule 'step', got "
-                f"{' '.join(f'{epoch:g}' for epoch in self.milestones)}"
-            )
-        if self.schedule == "cosine" and self.milestones != type(self).milestones:
-            raise ValueError(f"schedule 'cosine' does not use milestones, got {self.milestones}")
         checks.one_of("optimizer", self.optimizer, ("sgd", "lars", "adamw"))
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be below epochs={self.epochs}, got {self.warmup_epochs!r}")
@@ -203,11 +196,8 @@ class PretrainConfig:
             raise ValueError(
                 f"freeze_patch needs a vision transformer ({', '.join(VITS)}), got {self.arch!r}"
             )
-        if self.augment_second is not None:
-            if row.views == 1:
-                raise ValueError(f"method {self.method!r} has one view of an image, got augment_second")
-            if (second := self.augment_second.image_size) != (first := self.augment.image_size):
-                raise ValueError(f"augment_second.image_size must be that of augment, {first}, got {second}")
+        if self.augment_second is not None and row.views == 1:
+            raise ValueError(f"method {self.method!r} has one view of an image, got augment_second")
         if self.optimizer == "adamw" and self.sgd_momentum != type(self).sgd_momentum:
             raise ValueError(f"optimizer 'adamw' does not use sgd_momentum, got {self.sgd_momentum!r}")
         keys = row.keys_per_image(self)
@@ -224,6 +214,16 @@ class PretrainConfig:
                 f"sync_bn takes statistics over all processes, bn_splits={splits} over parts of the "
                 "batch: leave one of the two out"
             )
+
+    def check_milestones(self) -> None:
+        """Raise ValueError for milestones that a run would not meet. Runs that began so may go on."""
+        if self.schedule == "step" and not all(0 < epoch < self.epochs for epoch in self.milestones):
+            raise ValueError(
+                f"milestones must be above 0 and below epochs={self.epochs} with schedule 'step', got "
+                f"{' '.join(f'{epoch:g}' for epoch in self.milestones)}"
+            )
+        if self.schedule == "cosine" and self.milestones != type(self).milestones:
+            raise ValueError(f"schedule 'cosine' does not use milestones, got {self.milestones}")
 
     def with_method(self, method: str) -> PretrainConfig:
         """This recipe with another method.

@@ -103,7 +103,9 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
         console = new_console(quiet=True)
     run = open_run(config, out, resume)
     config, saved = run.config, run.saved
-    if saved is not None and (missing := NEEDED - saved["moco_fast"].keys()):
+    if saved is None:
+        config.check_milestones()
+    elif missing := NEEDED - saved["moco_fast"].keys():
         raise checkpoints.CheckpointError(f"the checkpoint in {out} lacks {', '.join(sorted(missing))}")
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -144,7 +146,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
     torch.manual_seed(config.seed + rank())  # dropout and the like differ between processes
     optimizer = build_optimizer(model, config)
 
-    alarm = CollapseAlarm(grace(total, steps_per_epoch, config.batch_size), by_rank=not row.needs_labels)
+    rows = config.batch_size // world_size() // config.accumulation
+    alarm = CollapseAlarm(grace(total, steps_per_epoch, rows), by_rank=not row.needs_labels)
     accuracy: dict[str, float] = {}
     step = 0
     if saved is not None:
@@ -277,7 +280,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
                 save()
             elif accuracy and "trained" not in accuracy:  # else a finished run was resumed
                 accuracy["trained"] = on_rank_0(lambda: probe.accuracy(model))
-                recorder.write(step, knn=accuracy["trained"])
+                if step > measured:
+                    recorder.write(step, knn=accuracy["trained"])
                 save()
         finally:
             recorder.close()

@@ -71,6 +71,10 @@ class Row:
     views: int = 2
     """Of every image."""
     needs_labels: bool = False
+    outputs: str = "dim"
+    """Option that says how many outputs its encoders are built with; what follows may replace their head."""
+    resnet: dict[str, Any] = field(default_factory=dict)
+    """What torchvision's ResNets are built with, as in the paper."""
 
 
 def _moco(
@@ -106,9 +110,9 @@ def _moco_v3(encoder: BaseEncoder, config: Config, facts: Facts) -> Method:
 
 def base_encoder(method: str, arch: str, encoder: BaseEncoder) -> BaseEncoder:
     """What a method builds its encoders with: the backbone of that name, initialised as in its paper."""
-    if method == "moco-v3" and arch.startswith(("resnet", "resnext", "wide_resnet")):  # torchvision's
-        return partial(encoder, zero_init_residual=True)
-    return encoder
+    row = METHODS.get(method)
+    of_torchvision = arch.startswith(("resnet", "resnext", "wide_resnet"))
+    return partial(encoder, **row.resnet) if row and of_torchvision else encoder
 
 
 def _moco_v3_step(model: nn.Module, views: Views, config: Config, progress: float) -> tuple[Tensor, Stats]:
@@ -194,6 +198,8 @@ METHODS: dict[str, Row] = {
         {"momentum": 0.99, "temperature": 0.2, "mlp_dim": 512, "freeze_patch": False},
         chance=lambda config: 4 * config.temperature * math.log(config.batch_size),
         undivided="takes its negatives from the batch",
+        outputs="mlp_dim",
+        resnet={"zero_init_residual": True},
     ),
     "sup-moco": Row(
         "MoCo v2 whose positives are all keys of the same class; Khosla et al. 2020",

@@ -30,7 +30,7 @@ from moco_fast.models.heads import HEAD_NAMES, head_path, replace
 from moco_fast.train import checkpoint as checkpoints
 from moco_fast.train.build import IMAGENET_MEAN, IMAGENET_STD
 from moco_fast.train.checkpoint import CheckpointError, shortened
-from moco_fast.train.methods import base_encoder
+from moco_fast.train.methods import METHODS, base_encoder
 
 # Where methods keep the encoder that they are for; the first that a state dict has is taken.
 ENCODERS = ("encoder_q", "base_encoder", "encoder", "teacher")
@@ -185,11 +185,12 @@ def recorded(path: str | os.PathLike[str], own: Mapping[str, Any]) -> dict[str, 
     """
     try:
         config = own["config"]
+        row = METHODS.get(config.get("method"))
         return {
             "method": config.get("method", "moco"),
             "image_size": config["augment"]["image_size"],
             "first_width": config["width"],
-            "outputs": config["mlp_dim" if config.get("method") == "moco-v3" else "dim"],
+            "outputs": config[row.outputs if row else "dim"],
             "seed": config["seed"],
             "canvas": config["canvas"],
             "data": config["data"],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -335,11 +335,16 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any], names: Iterable
     Values are compared as JSON keeps them, which knows no tuples.
     """
     now, then = (json.loads(json.dumps(values)) for values in (now, then))
-    return "; ".join(
-        f"{name}={now[name]!r}, was {then[name]!r}"
-        for name in (now if names is None else names)
-        if name in now and name in then and now[name] != then[name]
-    )
+    return "; ".join(_changes({name: now[name] for name in names or now if name in now}, then))
+
+
+def _changes(now: Mapping[str, Any], then: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    for name, value in now.items():
+        before = then.get(name, value)
+        if isinstance(value, dict) and isinstance(before, dict):  # such as the options of the views
+            yield from _changes(value, before, f"{within}{name}.")
+        elif value != before:
+            yield f"{within}{name}={value!r}, was {before!r}"
 
 
 def _coarse(values: Sequence[Any]) -> list[Any]:
