@@ -163,3 +163,8 @@ def test_damaged_values_are_noticed(tmp_path):
     path.write_bytes(data)
     with pytest.raises(checkpoint.CheckpointError, match=r"truncated or no.*the checksum of .*data/0 in"):
         checkpoint.read(path, keys=())
+
+
+def test_as_many_values_in_another_shape_are_another_model():
+    found = checkpoint.mismatches({"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(3, 2)})
+    assert found == "weight is (2, 3), expected (3, 2)"

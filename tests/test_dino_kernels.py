@@ -54,3 +54,14 @@ def test_prototypes_in_the_operand_type_are_read_where_they_are(kernels):
         found = operand(x[None], "high", unit=False).high
         assert found.data_ptr() % 16 == 0 and found.shape[1] % 8 == 0 and found.is_contiguous()
         assert torch.equal(found[:, : x.shape[1]], x.half()) and not found[:, x.shape[1] :].any()
+
+
+@pytest.mark.parametrize("shape", [(64, 70, 32), (5, 320, 64)], ids=str)
+def test_tiles_that_do_not_come_out_even(kernels, shape):
+    """Full tiles of rows but not of prototypes; full tiles of prototypes, but not as many in every share."""
+    inputs = make(*shape)
+    got = fused(*inputs, precision="highest")
+    with moco_fast.use_backend("reference"):
+        want = fused(*inputs, precision="highest")
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    assert all(relative(a, b) <= 1e-4 for a, b in zip(got[1:], want[1:], strict=True))

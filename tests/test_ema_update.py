@@ -233,8 +233,10 @@ def test_default_device_and_dtype_do_not_matter(backend):
     assert target.tolist() == [0.25] * 3
 
 
-def test_empty_list(backend):
+def test_nothing_to_update(backend, device):
+    """A GPU refuses a launch of no blocks."""
     moco_fast.ema_update_([], [], 0.9)
+    moco_fast.ema_update_([torch.empty(0, device=device)], [torch.empty(0, device=device)], 0.9)
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,11 @@ def test_an_infinite_key_gives_non_finite_losses_whatever_is_wanted(
     queue[2, 3] = value
     rows, *_ = _info_nce(q, k, queue, temperature, "high", need_dq, return_stats)
     assert not torch.isfinite(rows).any()
+
+
+def test_a_queue_of_full_tiles_that_shares_do_not_divide(backend):
+    """Eleven tiles of 64 rows: what would follow the last is counted by nobody."""
+    q, k, queue = make(5, 11 * 64, 16)
+    want, *_ = official(q, k, queue, 0.2)
+    rows, *_ = fused(q, k, queue, 0.2)
+    assert torch.allclose(rows.double(), want, rtol=1e-4)

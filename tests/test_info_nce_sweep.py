@@ -45,6 +45,7 @@ SIZES = [
     (70, 1000, 128, 2, 4),
     (130, 3400, 128, 1, 27),
     (300, 770, 104, 3, 3),
+    (2, 383, 72, 1, 3),
 ]
 
 
@@ -54,6 +55,7 @@ SIZES = [
 def test_sums(size, dtype, online):
     n, slots, c, shares, steps = size
     q, k, queue = make(n, slots, c, queue_dtype=dtype)
+    k = k.roll(1, dims=0)  # others' keys, which some rows of the queue are nearer than
     got = sweep(q, k, queue, 0.07, shares, steps, online=online, seed=n)
     q_norm, k_norm, pos, sums, totals, shifts, cosines, ranks = got
 
@@ -95,15 +97,6 @@ def test_rows_of_any_norm():
     assert torch.allclose(q_norm.double(), q.norm(dim=1), rtol=1e-6)
     assert torch.allclose(pos.double(), (q_hat * F.normalize(k.double(), dim=1)).sum(1), atol=1e-6)
     assert torch.allclose(cosines[0].double(), (q_hat @ queue.double().t()).sum(1), atol=1e-3)
-
-
-@pytest.mark.parametrize("n", [33, 129])
-def test_the_order_of_threads_does_not_matter(n):
-    q, k, queue = make(n, 1100, 128, queue_dtype=torch.float16)
-    first = sweep(q, k, queue, 0.2, 2, 5, seed=0)
-    for seed in range(1, 6):
-        again = sweep(q, k, queue, 0.2, 2, 5, seed=seed)
-        assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
 def test_without_statistics_nothing_else_is_written():
@@ -225,7 +218,7 @@ def test_queries_far_from_all_of_the_queue_take_the_running_maximum(op, shape):
 
 
 @pytest.mark.parametrize(
-    ("n", "slots", "shares", "steps"), [(20, 1000, 2, 4), (70, 1000, 2, 4), (130, 140, 1, 2)]
+    ("n", "slots", "shares", "steps"), [(20, 1000, 2, 4), (20, 140, 1, 2), (70, 1000, 2, 4), (130, 140, 1, 2)]
 )
 def test_which_sums_are_too_small(n, slots, shares, steps):
     """Those whose exponentials are on average below the least, over the rows that a group has walked."""

@@ -55,3 +55,30 @@ def test_numbers_that_only_the_gpu_knows(dtype):
     for got, want in zip(at_address, numbers, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)  # 1 - m in the precision of m
         assert got.isfinite().all()
+
+
+def test_the_rest_of_a_momentum_is_in_its_own_precision():
+    """As in torch, where ``1 - m`` of a float32 tensor is float32 before it meets float64."""
+    m = torch.tensor(0.1)
+    target, source = torch.randn(2, 100, dtype=torch.float64).unbind()
+    want = target * m + source * (1 - m)
+    codes = [[native.DTYPES[torch.float64]]] * 2
+    rows = emulated.MultiTensor.Rows([[target.data_ptr()], [source.data_ptr()]], [100], codes)
+    emulated.MultiTensor.ema_update(rows, (float("nan"), m.data_ptr(), native.DTYPES[m.dtype]), 1, 0)
+    assert torch.equal(target, want)
+
+
+@pytest.mark.parametrize("odd", range(5), ids=["param", "grad", "average", "square", "key"])
+def test_vectors_want_every_role_aligned(odd):
+    """Wide accesses to the one that is not would end the process."""
+    values, code = torch.rand(5, 48), native.DTYPES[torch.float32]
+    found = []
+    for shifted in (None, odd):
+        places = [torch.empty(49)[int(i == shifted) :][:48].copy_(x) for i, x in enumerate(values)]
+        step = torch.ones(())
+        roles = [[x.data_ptr()] for x in (*places, step)]
+        rows = emulated.MultiTensor.Rows(roles, [48], [[code]] * 6)
+        number = (0.9, 0, native.DTYPES[torch.float64])
+        emulated.MultiTensor.adamw_step(rows, (0.9, 0.99, 1e-8, 0.1, False), number, number, 1, 0)
+        found.append(places)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

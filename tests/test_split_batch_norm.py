@@ -166,6 +166,14 @@ def test_gradients_of_any_strides(backend, layout):
     assert dx.abs().max() < 1e-5  # y has the sum of bias, whatever x
 
 
+def test_weight_and_bias_of_any_stride(backend):
+    x, weight, bias, dy = make((6, 3, 4, 5))
+    want = results(fused(3), x, weight, bias, dy)
+    apart = [torch.stack([t, t + 1], dim=1).detach()[:, 0].requires_grad_() for t in (weight, bias)]
+    got = results(fused(3), x, *apart, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[3]], ids=str)

@@ -86,7 +86,7 @@ T __shfl_xor_sync(unsigned lanes, T value, int distance) {
 
 // --- the runtime ---
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 using cudaStream_t = struct emulated_stream*;
 
 struct dim3 {
@@ -127,6 +127,7 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+    if (config->gridDim.x == 0) return cudaErrorInvalidConfiguration;
     const dim3 cluster = config->numAttrs ? config->attrs[0].val.clusterDim : dim3();
     const std::tuple<std::remove_cv_t<Parameters>...> kept{std::forward<Arguments>(arguments)...};
     emulated::run({config->gridDim.x, config->gridDim.y, config->gridDim.z}, int(config->blockDim.x),
