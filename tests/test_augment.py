@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moco_fast.data import transforms
-from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view
+from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view, random_view
 from moco_fast.train.presets import PRESETS
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
@@ -320,3 +320,15 @@ def test_call_errors():
         TwoCrops(IDENTITY, MEAN[3], (0.2, 0.0, 0.2))
     with pytest.raises(ValueError, match="size"):
         center_view(random_images(2, 3, 8), 0, MEAN[3], STD[3])
+
+
+def test_random_view_is_a_view_of_two_crops():
+    images = torch.randint(256, (6, 3, 12, 10), dtype=torch.uint8)
+    config, mean, std = AugmentConfig(image_size=7), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    first, _ = TwoCrops(config, mean, std)(images, torch.Generator().manual_seed(4))
+    assert torch.equal(random_view(images, config, mean, std, torch.Generator().manual_seed(4)), first)
+    half = random_view(images[3:], config, mean, std, torch.Generator().manual_seed(4), part=(1, 2))
+    assert half.shape == (3, 3, 7, 7)
+    torch.testing.assert_close(
+        half, random_view(images, config, mean, std, torch.Generator().manual_seed(4))[3:]
+    )

@@ -11,10 +11,13 @@ from pathlib import Path
 import emulated
 import pytest
 
-CPU_OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-fsanitize=address")
-CPU_OPTIONS += ("-DMOCO_FAST_ISA=baseline",)
-CPU_OPS = ("info_nce", "contrast", "nt_xent", "dino_op", "split_batch_norm", "enqueue", "take_rows")
-CPU_OPS += ("ema_update", "optim")
+CPU_OPTIONS = (
+    "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-fsanitize=address", "-DMOCO_FAST_ISA=baseline",
+)  # fmt: skip
+CPU_OPS = (
+    "info_nce", "contrast", "nt_xent", "dino_op", "split_batch_norm", "enqueue", "take_rows", "ema_update",
+    "optim",
+)  # fmt: skip
 
 
 @cache
@@ -22,8 +25,14 @@ def sanitizer():
     """The library that a process whose Python was not compiled with it has to load first."""
     if os.environ.get("CXX", "g++") != "g++" or not shutil.which("g++") or not emulated.CSRC.exists():
         return None
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
-    return found.stdout.strip() if Path(found.stdout.strip()).is_absolute() else None
+    found = library_of_compiler("libasan.so")
+    return found if Path(found).is_absolute() else None
+
+
+def library_of_compiler(name):
+    """Its path; the bare name where g++ has none."""
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +75,8 @@ def run_on_cpu(tmp_path_factory):
     includes = f"-I{pybind11.get_include()}", f"-I{headers}"
     subprocess.run(["g++", *CPU_OPTIONS, *includes, *emulated.CSRC.glob("*.cpp"), "-o", module], check=True)
     # The sanitizer passes exceptions on, to a library that Python does not load first.
-    thrown = subprocess.run(["g++", "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout
-    environment = {"LD_PRELOAD": f"{sanitizer()} {thrown.strip()}", "ASAN_OPTIONS": "detect_leaks=0"}
+    libraries = f"{sanitizer()} {library_of_compiler('libstdc++.so')}"
+    environment = {"LD_PRELOAD": libraries, "ASAN_OPTIONS": "detect_leaks=0"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""}
 
     def run(*arguments):

@@ -12,9 +12,8 @@ from rich.console import Console
 from test_train_processes import finish, torchrun
 
 from moco_fast.cli import main
-from moco_fast.data.augment import AugmentConfig, TwoCrops, random_view
+from moco_fast.data.augment import AugmentConfig
 from moco_fast.data.datasets import load_dataset
-from moco_fast.data.folder import FolderImages
 from moco_fast.data.fraction import labelled_fraction
 from moco_fast.data.images import Dataset, ImageSet, MemoryImages
 from moco_fast.evaluate.scores import confusion
@@ -250,18 +249,6 @@ def test_from_scratch_begins_with_other_weights(start, tmp_path, monkeypatch):
     assert load_pretrained(tmp_path / "b").method == "supervised"
 
 
-def test_labels_fraction():
-    labels = torch.tensor([0] * 100 + [1] * 40 + [2])[torch.randperm(141)]
-    rows = labelled_fraction(labels, 0.05, 3)
-    assert torch.bincount(labels[rows]).tolist() == [5, 2, 1]
-    assert torch.equal(rows, labelled_fraction(labels, 0.05, 3)) and torch.equal(rows, rows.unique())
-    assert not torch.equal(rows, labelled_fraction(labels, 0.05, 4))
-    assert set(rows.tolist()) <= set(labelled_fraction(labels, 0.2, 3).tolist())
-    assert torch.equal(labelled_fraction(labels, 1.0, 0), torch.arange(141))
-    with pytest.raises(ValueError, match=r"labels_fraction must be in \(0, 1\], got 0"):
-        labelled_fraction(labels, 0, 0)
-
-
 def test_one_label_in_fifty(start, tmp_path, capsys):
     """The batch shrinks to what there is, and only the chosen images are seen."""
     labels = load_dataset("digits").train.labels
@@ -270,32 +257,6 @@ def test_one_label_in_fifty(start, tmp_path, capsys):
     outcome = finetune(config, tmp_path / "run", checkpoint=start)
     assert outcome.images == len(chosen) < 40 and outcome.step == 3
     assert f"{len(chosen)} training images: batch_size 64 -> {len(chosen)}" in capsys.readouterr().out
-
-
-def test_subsets_keep_pixels_labels_and_shapes(tmp_path):
-    pixels, rows = torch.randint(256, (9, 1, 3, 3), dtype=torch.uint8), torch.tensor([7, 2, 2])
-    part = ImageSet(MemoryImages(pixels, torch.arange(9.0)), torch.arange(9)).subset(rows)
-    found = part.images.fetch(torch.tensor([0, 1]))
-    assert torch.equal(found.images, pixels[[7, 2]]) and found.aspect.tolist() == [7.0, 2.0]
-    assert part.labels.tolist() == [7, 2, 2] and len(part) == 3
-    files = FolderImages([str(tmp_path / f"{i}.png") for i in range(4)], 8)
-    for i in range(4):
-        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    part = files.subset(torch.tensor([3, 1]))
-    assert part.name_of(1) == str(tmp_path / "1.png") and len(part) == 2
-    assert part.fetch(torch.tensor([0])).images[0, 0, 0, 0] == 180
-
-
-def test_random_view_is_a_view_of_two_crops():
-    images = torch.randint(256, (6, 3, 12, 10), dtype=torch.uint8)
-    config, mean, std = AugmentConfig(image_size=7), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    first, _ = TwoCrops(config, mean, std)(images, torch.Generator().manual_seed(4))
-    assert torch.equal(random_view(images, config, mean, std, torch.Generator().manual_seed(4)), first)
-    half = random_view(images[3:], config, mean, std, torch.Generator().manual_seed(4), part=(1, 2))
-    assert half.shape == (3, 3, 7, 7)
-    torch.testing.assert_close(
-        half, random_view(images, config, mean, std, torch.Generator().manual_seed(4))[3:]
-    )
 
 
 def test_two_processes_train_as_one(tmp_path):

@@ -125,13 +125,10 @@ def _differences(given: list[tuple[str | None, dict[str, object]]]) -> str:
     for name in given[0][1]:
         by_value: dict[str, list[int]] = {}
         for i, (_, facts) in enumerate(given):
-            by_value.setdefault(repr(facts.get(name)), []).append(i)
+            value = facts.get(name)
+            by_value.setdefault(value if isinstance(value, str) else repr(value), []).append(i)
         if len(by_value) > 1:
-            values = [given[ranks[0]][1].get(name) for ranks in by_value.values()]
-            texts = list(map(str, values)) if len(set(map(str, values))) == len(values) else list(by_value)
-            shown = ", ".join(
-                f"{text} on {name_ranks(ranks)}" for text, ranks in zip(texts, by_value.values(), strict=True)
-            )
+            shown = ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in by_value.items())
             parts.append(f"{name} must be the same on every rank, got {shown}")
     return "; ".join(parts)
 

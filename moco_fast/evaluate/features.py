@@ -155,6 +155,12 @@ def labels_missing(dataset: Dataset) -> str | None:
     return None
 
 
+def need_labels(dataset: Dataset) -> None:
+    """Raise ValueError if nothing can be classified on this dataset; says why."""
+    if reason := labels_missing(dataset):
+        raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
+
+
 def spread(count: int, most: int) -> Tensor:
     """All rows, or ``most`` of them drawn once and for all: files are often sorted by class."""
     if most >= count:

@@ -25,7 +25,7 @@ from moco_fast.data.augment import AugmentConfig, random_view
 from moco_fast.data.fraction import turns
 from moco_fast.data.images import Dataset, ImageSet
 from moco_fast.data.loader import BatchLoader
-from moco_fast.evaluate.features import View, features_of, labels_missing
+from moco_fast.evaluate.features import View, features_of, need_labels
 from moco_fast.evaluate.frozen import check_unmoved, fingerprint
 from moco_fast.evaluate.heads import Heads
 from moco_fast.evaluate.knn import TOP
@@ -155,8 +155,7 @@ def evaluate_linear(
             features that are not finite, or every head diverged.
         BackboneMovedError: parameters or buffers of the network changed.
     """
-    if reason := labels_missing(dataset):
-        raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
+    need_labels(dataset)
     assert dataset.test is not None and dataset.test.labels is not None and dataset.train.labels is not None
     before = fingerprint(network)
     network.eval()

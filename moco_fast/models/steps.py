@@ -71,11 +71,13 @@ def check_views(*, least: int = 1, same_shape: bool = False, **views: object) ->
         ValueError: another number of images than the first view, or another shape with ``same_shape``; none.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    facts: dict[str, object] = {}
     for name, images in views.items():
         if not isinstance(images, Tensor) or images.ndim == 0:
             shown = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"{name} must be a tensor of images (N, ...), got {shown}")
         shapes[name] = tuple(images.shape)
+        facts[name] = shapes[name], images.dtype
     (first, shape), *others = shapes.items()
     for name, other in others:
         if other[0] != shape[0]:
@@ -84,7 +86,7 @@ def check_views(*, least: int = 1, same_shape: bool = False, **views: object) ->
             raise ValueError(f"{name} must have the shape of {first}, {shape}, got {other}")
     if shape[0] < least:
         raise ValueError(f"{first} must hold at least {least} images, got shape {shape}")
-    return {name: (shapes[name], images.dtype) for name, images in views.items()}  # type: ignore[attr-defined]
+    return facts
 
 
 def agree(model: nn.Module, check: Callable[[], dict[str, object]], device: torch.device | None) -> None:
@@ -130,8 +132,10 @@ def check_shards(
     Raises:
         RuntimeError: FSDP2 has gathered the parameters by now, and drops what is written to them.
     """
+    if not hasattr(model, "unshard"):  # nothing is sharded
+        return
     parameters = [p for name in (source, target) for p in model.get_submodule(name).parameters()]
-    if hasattr(model, "unshard") and not all(hasattr(p, "to_local") for p in parameters):
+    if not all(hasattr(p, "to_local") for p in parameters):
         raise RuntimeError(
             f"fully_shard(model) needs fully_shard(model.{source}) and fully_shard(model.{target}) before "
             f"it, so that the shards of {target} can be updated"

@@ -37,7 +37,10 @@ class SupMoCo(MoCo):
 
     queue_labels: Tensor
 
-    _ddp_params_and_buffers_to_ignore = not_broadcast("queue", "queue_ptr", "queue_labels")
+    _ddp_params_and_buffers_to_ignore = (
+        *MoCo._ddp_params_and_buffers_to_ignore,
+        *not_broadcast("queue_labels"),
+    )
 
     def __init__(
         self,

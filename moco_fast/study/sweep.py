@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moco_fast.data.datasets import load_dataset
 from moco_fast.distributed import rank
-from moco_fast.evaluate.features import labels_missing
 from moco_fast.evaluate.linear import LinearConfig, evaluate_linear
 from moco_fast.files import write_text
 from moco_fast.study.plans import Point
@@ -21,7 +19,7 @@ from moco_fast.study.results import Row, read_rows, write_rows
 from moco_fast.train.config import PretrainConfig
 from moco_fast.train.loop import pretrain
 from moco_fast.train.meter import NonFiniteLossError
-from moco_fast.train.processes import first_on_machine, joined, on_rank_0
+from moco_fast.train.processes import joined, on_rank_0
 from moco_fast.train.record import METRICS_FILE
 from moco_fast.train.subject import PIXELS, RANDOM, TRAINED, load_subject
 
@@ -73,8 +71,6 @@ def run_sweep(points: Sequence[Point], seeds: Sequence[int], out: Path, console:
         rows = on_rank_0(lambda: read_rows(out))
         done = {(row.series, row.x, row.seed) for row in rows}
         todo = [run for run in runs if run.key not in done]
-        if todo and Path(todo[0].config.data).is_dir():  # what has a name has labels
-            _need_labels(todo[0].config)
         began = time.monotonic()
         for number, run in enumerate(todo):
             if rank() == 0:
@@ -100,7 +96,7 @@ def _result(run: _Run, rows: Sequence[Row], console: Any) -> tuple[Row | None, i
     linear: dict[str, float] = {}
     note, collapsed = "", False
     try:
-        outcome = pretrain(run.config, run.folder, resume="auto", console=console)
+        outcome = pretrain(run.config, run.folder, resume="auto", console=console, measured=True)
         if outcome.interrupted:
             return None, int(outcome.interrupted)
         knn, collapsed = outcome.accuracy, outcome.collapsed
@@ -130,14 +126,6 @@ def _linear(run: _Run, rows: Sequence[Row], console: Any) -> dict[str, float]:
     for name, network, view in subject.rows(len(subject.dataset.train), not known):
         found[name] = evaluate_linear(network, subject.dataset, view, PROBE).best.acc1
     return found
-
-
-def _need_labels(config: PretrainConfig) -> None:
-    """Raise ValueError before the first run, not after it, if there is nothing to classify."""
-    canvas = round(config.augment.image_size * config.canvas)
-    dataset = first_on_machine(lambda: load_dataset(config.data, canvas=canvas, log=lambda _: None))
-    if reason := labels_missing(dataset):
-        raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
 
 
 def _claim(runs: Sequence[_Run]) -> None:

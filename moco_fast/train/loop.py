@@ -17,6 +17,7 @@ from moco_fast.data.datasets import load_dataset
 from moco_fast.data.images import Dataset
 from moco_fast.data.loader import BatchLoader
 from moco_fast.distributed import check_agreement, largest, rank, to_rank_0, world_size
+from moco_fast.evaluate.features import need_labels
 from moco_fast.evaluate.probe import KnnProbe
 from moco_fast.extras import new_console
 from moco_fast.models.memory_bank import MemoryBank
@@ -69,6 +70,7 @@ def pretrain(
     *,
     resume: Resume = False,
     console: Any = None,
+    measured: bool = False,
 ) -> Outcome:
     """Pretrain a method and leave a run folder.
 
@@ -85,6 +87,7 @@ def pretrain(
             (on a CPU with the same number of threads and processes). "auto": if there is one, of a run with
             this config, else begin. "restart": if this launch of torchrun has begun in ``out``, else False.
         console: a rich Console; default: standard output. Only rank 0 writes to it.
+        measured: refuse images on which no accuracy can be measured, before anything is trained.
 
     Raises:
         FileExistsError: ``out`` is not empty and ``resume`` is False, or it is another run's.
@@ -94,10 +97,12 @@ def pretrain(
         PeerFailedError: another process died or failed.
     """
     with joined(config.device), FolderLock() as lock:
-        return _pretrain(config, out, resume, console or new_console(), lock)
+        return _pretrain(config, out, resume, console or new_console(), measured, lock)
 
 
-def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, lock: FolderLock) -> Outcome:
+def _pretrain(
+    config: PretrainConfig, out: Path, resume: Resume, console: Any, measured: bool, lock: FolderLock
+) -> Outcome:
     everywhere = console
     if rank() > 0:
         console = new_console(quiet=True)
@@ -117,6 +122,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
     dataset = first_on_machine(
         lambda: load_dataset(config.data, canvas=round(size * config.canvas), log=console.print)
     )
+    if measured:
+        need_labels(dataset)
     if (config.data, dataset.name) == ("fashion-mnist", "digits"):  # the fallback, which was announced
         config = moved_to(config, "digits")
         size = config.augment.image_size
@@ -204,7 +211,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
         )  # fmt: skip
 
     recorder = Recorder(out if rank() == 0 else None, step, console.print)
-    measured = on_rank_0(lambda: step if step == 0 or "knn" in recorder.known else step - 1)
+    last_knn = recorder.last("knn")
     keys_per_image = row.keys_per_image(config)
     if step == 0 and accuracy:
         recorder.write(0, knn_raw_pixels=accuracy["raw pixels"], knn_random_init=accuracy["random init"])
@@ -234,8 +241,8 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
             while step < total and not stopped:
                 epoch, start = divmod(step, steps_per_epoch)
                 for read in loader.batches(epoch, start):
-                    if accuracy and step > measured and step % knn_every == 0:
-                        knn, measured = on_rank_0(lambda: probe.accuracy(model, config.knn_queries)), step
+                    if accuracy and step > last_knn and step % knn_every == 0:
+                        knn, last_knn = on_rank_0(lambda: probe.accuracy(model, config.knn_queries)), step
                         recorder.write(step, knn=knn)
                         display.say(
                             f"step {step}: kNN accuracy {knn:.1%} (raw pixels {accuracy['raw pixels']:.1%})"
@@ -272,7 +279,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
                     if stopped:
                         break
                     # Also before measuring, for which whoever ends a run may not wait.
-                    if not (step % config.checkpoint_every and step % knn_every and step < total):
+                    if step % config.checkpoint_every == 0 or step % knn_every == 0 or step == total:
                         record()
                         save()
             if stopped:
@@ -280,7 +287,7 @@ def _pretrain(config: PretrainConfig, out: Path, resume: Resume, console: Any, l
                 save()
             elif accuracy and "trained" not in accuracy:  # else a finished run was resumed
                 accuracy["trained"] = on_rank_0(lambda: probe.accuracy(model))
-                if step > measured:
+                if step > last_knn:
                     recorder.write(step, knn=accuracy["trained"])
                 save()
         finally:

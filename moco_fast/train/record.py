@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from moco_fast.distributed import from_rank_0
 from moco_fast.evaluate.pictures import plot_curves
 from moco_fast.extras import extra
 from moco_fast.files import write_text
@@ -23,28 +24,31 @@ class Recorder:
         say: told, once each, of what cannot be written any more; the run goes on without it.
         step: records after this step, left by a run that died past its last checkpoint, are dropped; at
             step 0 all there are.
-
-    Attributes:
-        known: names of the values that were recorded of this step.
     """
 
     def __init__(self, folder: Path | None, step: int = 0, say: Callable[[str], object] = print) -> None:
         self._file: Any = None
         self._board: Any = None
         self._say = say
-        self.known: set[str] = set()
+        self._step = step
+        self._known: set[str] = set()  # names of the values that were recorded of that step
         if folder is None:
             return
         path = folder / METRICS_FILE
         before = path.read_text(encoding="utf-8", errors="replace") if step and path.exists() else ""
         kept = [line for line in before.splitlines() if _step_of(line) <= step]
-        self.known.update(*(json.loads(line) for line in kept if _step_of(line) == step))
+        self._known.update(*(json.loads(line) for line in kept if _step_of(line) == step))
         write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed by close()
         tensorboard = extra("torch.utils.tensorboard")
         self._board = tensorboard.SummaryWriter(
             str(folder / "tensorboard"), purge_step=step + 1 if step else None
         )
+
+    def last(self, name: str) -> int:
+        """The step up to which a value need not be measured: that of the start, unless its value is missing;
+        the same on all ranks, which call this."""
+        return from_rank_0(self._step if self._step == 0 or name in self._known else self._step - 1)
 
     def write(self, step: int, **values: Any) -> None:
         """Record values of a step."""

@@ -280,16 +280,12 @@ def open_run(config: C, out: Path, resume: Resume, **arguments: str | None) -> R
     if resume is not True:
         return Run(out, type(config).from_dict(trained), saved, before)
     now: dict[str, Any] = config.to_dict()
-    for name in (*KEPT, *_decides(now)):
+    part = now.get("labels_fraction", 1) < 1  # of the images, which the seed chooses
+    for name in (*KEPT, "seed") if part else KEPT:
         if name in now:
             check_kept(name, trained.get(name, getattr(type(config), name)), now[name], out)
     overrides = {name: value for name, value in now.items() if differences(now, trained, [name])}
     return Run(out, config, saved, before | overrides)
-
-
-def _decides(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The seed, where it chooses the images that have labels."""
-    return ("seed",) if config.get("labels_fraction", 1) < 1 else ()
 
 
 def config_of(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_fast.data.images import Dataset
-from moco_fast.evaluate.features import View, labels_missing
+from moco_fast.evaluate.features import View, need_labels
 from moco_fast.evaluate.pictures import plot_confusion
 from moco_fast.evaluate.scores import confusion
 from moco_fast.train.build import choose_device
@@ -100,7 +100,6 @@ def load_subject(
     size, mean, std = pretrained.image_size, pretrained.mean, pretrained.std
     view = View(size, mean, std, torch.device(place), workers, crop)
     dataset = first_on_machine(lambda: dataset_for(pretrained, data, log))
-    if reason := labels_missing(dataset):
-        raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
+    need_labels(dataset)
     pretrained.backbone.to(place)
     return Subject(Path(checkpoint), pretrained, dataset, view)
