@@ -213,6 +213,18 @@ def test_largest(tmp_path, world):
     assert ranks.run(world, rank_largest, folder=tmp_path) == [[world - 1, 0, 7]] * world
 
 
+def rank_group_destroyed(rank):
+    distributed.from_all(rank)
+    up = ranks.gloo_threads()
+    torch.distributed.destroy_process_group()
+    return len(up) > 0, ranks.gloo_threads()
+
+
+def test_nothing_keeps_a_group_that_is_destroyed(tmp_path):
+    """Its threads, if there were any when Python ends, might abort the process."""
+    assert ranks.run(2, rank_group_destroyed, folder=tmp_path) == [(True, [])] * 2
+
+
 def rank_batches_shrink_together(rank):
     """A last batch that is smaller on every rank is no disagreement."""
     model = build()

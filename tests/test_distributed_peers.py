@@ -2,6 +2,7 @@
 
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ def device(request):
     if request.param == "cpu" and (reason := interpreter_fault()):
         pytest.skip(reason)
     return request.param
+
+
+class Group:
+    """Of processes: memory is that of one."""
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def shared(monkeypatch):
     module = types.SimpleNamespace(empty=empty, rendezvous=lambda tensor, group: Handle())
     monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", module)
     monkeypatch.setattr(torch.distributed, "_symmetric_memory", module, raising=False)
-    monkeypatch.setattr(peers, "_memory", {})
+    monkeypatch.setattr(torch.distributed, "group", types.SimpleNamespace(WORLD=Group()))
     return types.SimpleNamespace(buffers=buffers, barriers=barriers)
 
 
@@ -86,15 +91,29 @@ def test_a_batch_is_written_between_the_barriers(shared, device):
     assert seen == [(0, True), (1, False)]
 
 
+def tried():
+    """What comes of a batch in a group without memory for one yet."""
+    torch.distributed.group.WORLD = Group()
+    return peers.memory_if_faster(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), lambda: None)
+
+
 def test_the_faster_way_is_taken(shared, monkeypatch):
     images, places = torch.zeros(ROWS, 2), torch.zeros(ROWS, dtype=torch.int64)
     for ours, others, taken in ((1e-3, 2e-3, True), (3e-3, 2e-3, False)):
-        monkeypatch.setattr(peers, "_memory", {})
+        torch.distributed.group.WORLD = Group()
         found = iter([ours, others])
         monkeypatch.setattr(peers, "_seconds", lambda run, device, found=found: next(found))
         memory = peers.memory_if_faster(images, places, lambda: None)
         assert (memory is not None) == taken
         assert peers.memory_if_faster(images, places, lambda: None) is memory  # measured once
+
+
+def test_memory_ends_with_its_group(shared, monkeypatch):
+    monkeypatch.setattr(peers, "_measured", lambda *_: Group())
+    memory = weakref.ref(tried())
+    assert memory()
+    torch.distributed.group.WORLD = None
+    assert memory() is None
 
 
 def test_every_dtype_is_measured(shared, monkeypatch):
@@ -107,12 +126,6 @@ def test_every_dtype_is_measured(shared, monkeypatch):
 
 def refuse(*args, **options):
     raise RuntimeError("no peer access")
-
-
-def tried():
-    """What comes of a batch in a process without memory for one yet."""
-    peers._memory.clear()
-    return peers.memory_if_faster(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), lambda: None)
 
 
 def test_where_it_does_not_work_nothing_is_measured(shared, monkeypatch):
@@ -148,6 +161,5 @@ def test_images_of_any_layout_and_another_process_group(shared, monkeypatch):
     memory.take(images, places)
     written = shared.buffers[0].view(torch.float32).view(images.shape)
     assert torch.equal(written, images)
-    group = types.SimpleNamespace(WORLD=object())
-    monkeypatch.setattr(peers, "dist", types.SimpleNamespace(group=group))
+    torch.distributed.group.WORLD = Group()
     assert peers.memory_if_faster(images, places, lambda: None) is not memory

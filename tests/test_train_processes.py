@@ -105,6 +105,30 @@ def test_two_processes_train_as_one(undisturbed):
     assert states[0]["moco_fast"]["accuracy"] == pytest.approx(states[1]["moco_fast"]["accuracy"], abs=0.02)
 
 
+LEFT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import ranks, torch
+from torch.nn.parallel import DistributedDataParallel
+from moco_fast import distributed
+from moco_fast.train import processes
+def train():
+    model = DistributedDataParallel(torch.nn.Linear(1, 1))
+    model.cycle = [model]
+    print("up", len(distributed.from_all(ranks.gloo_threads()[0])))
+with processes.joined("cpu"):
+    train()
+print("left", ranks.gloo_threads())
+"""
+
+
+def test_processes_leave_with_no_thread_that_python_could_abort_for(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(LEFT)
+    said = finish(torchrun(2, Path(__file__).parent, program=(str(program),), flag="--"))
+    assert said.count("up 2") == said.count("left []") == 2, said
+
+
 def stopped(folder, world, step):
     """A run that SIGTERM ended, on all processes, once it had made some steps."""
     process = torchrun(world, folder, *options())

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,9 @@ T = TypeVar("T")
 # With a rank that evaluates, downloads or compiles; one that died is noticed at once, by its connections.
 PATIENCE = timedelta(hours=2)
 
-_control: dict[object, dist.ProcessGroup] = {}  # by default group: one per life of the process group
+# By default group; None: itself. A group that is kept when the script destroys it keeps its threads, which
+# may be giving back tensors when Python ends: that aborts the process.
+_control: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup | None] = WeakKeyDictionary()
 
 
 class Disagreement(RuntimeError):
@@ -144,9 +147,8 @@ def _control_group() -> dist.ProcessGroup:
     default = dist.group.WORLD
     assert default is not None
     if default not in _control:
-        _control.clear()
-        _control[default] = default if dist.get_backend(default) == "gloo" else _gloo_group()
-    return _control[default]
+        _control[default] = None if dist.get_backend(default) == "gloo" else _gloo_group()
+    return _control[default] or default
 
 
 def _gloo_group() -> dist.ProcessGroup:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ from moco_fast.kernels.backend import on_device_of
 
 ROUNDS = 5  # of each way, to find the faster
 
-# By process group, and what a batch is like; None: another way is better.
-_memory: dict[tuple, PeerMemory | None] = {}
+# By process group, as long as there is one, and what a batch is like; None: another way is better.
+_memory: WeakKeyDictionary[dist.ProcessGroup, dict[tuple, PeerMemory | None]] = WeakKeyDictionary()
 
 
 class PeerMemory:
@@ -66,10 +67,11 @@ def memory_if_faster(images: Tensor, places: Tensor, otherwise: Callable[[], obj
 
     Found out at the first batch of a shape, by all ranks together.
     """
-    key = (dist.group.WORLD, images.shape, images.dtype, images.device)
-    if key not in _memory:
-        _memory[key] = _measured(images, places, otherwise)
-    return _memory[key]
+    known = _memory.setdefault(dist.group.WORLD, {})
+    batch = (images.shape, images.dtype, images.device)
+    if batch not in known:
+        known[batch] = _measured(images, places, otherwise)
+    return known[batch]
 
 
 def _measured(images: Tensor, places: Tensor, otherwise: Callable[[], object]) -> PeerMemory | None:

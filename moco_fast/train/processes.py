@@ -6,6 +6,7 @@ Without torchrun's variables there is one process, and nothing here does anythin
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which the defaults of its functions would keep
 
 from moco_fast import distributed
 from moco_fast.train.heartbeat import STORE_GONE, Heartbeat, died, silent
@@ -128,6 +130,7 @@ def joined(device: str) -> Iterator[None]:
     else:
         heartbeat.stop()  # rank 0 may take the store along
         dist.destroy_process_group()
+        gc.collect()  # models that hold the group: threads it has when Python ends may abort the process
         atexit.unregister(_end_at_once)
     finally:
         heartbeat.stop()
