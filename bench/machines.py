@@ -10,6 +10,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -35,7 +36,7 @@ class Machine:
     """One of them."""
 
     def __init__(self, number: int) -> None:
-        self.name, self.address = f"moco{os.getpid()}-{number}", f"{NETWORK}{number + 1}"
+        self.name, self.address = f"moco{uuid.uuid4().hex[:6]}-{number}", f"{NETWORK}{number + 1}"
 
     def start(self, command: list[str], **environment: str) -> subprocess.Popen:
         """A program on it, in a group of processes of its own."""
@@ -67,7 +68,7 @@ def machines(
     gbit: float | None = None,  # Gb/s of every cable in each direction; None: what the CPU can copy
 ) -> Iterator[list[Machine]]:
     """So many, on one switch that is never the bottleneck."""
-    made, switch = [Machine(i) for i in range(count)], f"moco{os.getpid()}-switch"
+    made, switch = [Machine(i) for i in range(count)], f"moco{uuid.uuid4().hex[:6]}-switch"
     try:
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "switch", "type", "bridge")

@@ -5,6 +5,7 @@ import os
 import pickle
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,8 +51,19 @@ def run(world, function, *arguments, folder, seconds=SECONDS):
 
 def gloo_threads():
     """Names of this process's threads that gloo has started."""
-    names = (Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            names.append(Path(task, "comm").read_text().strip())
     return [name for name in names if "gloo" in name]
+
+
+def assert_no_gloo_threads():
+    """Linux may show one that has been joined a little longer."""
+    deadline = time.monotonic() + 10
+    while gloo_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gloo_threads() == []
 
 
 def _rank(rank, world, folder, function, arguments):

@@ -258,12 +258,12 @@ def test_calls_in_other_processes_fail_alone():
 
 def test_a_call_that_never_ends_is_ended(monkeypatch):
     """As a kernel that waits for itself."""
-    monkeypatch.setattr(isolated, "LONGEST", 20.0)
+    monkeypatch.setattr(isolated, "LONGEST", 120.0)
     with isolated.Processes(1) as processes:
         assert list(processes.errors(int, [("1",)])) == [None]  # the process has started
         monkeypatch.setattr(isolated, "LONGEST", 0.5)
         assert list(processes.errors(time.sleep, [(3600,)])) == ["it had not ended after 0 s"]
-        monkeypatch.setattr(isolated, "LONGEST", 20.0)
+        monkeypatch.setattr(isolated, "LONGEST", 120.0)
         assert list(processes.errors(int, [("1",)])) == [None]
 
 

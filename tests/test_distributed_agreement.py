@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import distributed
 
-SECONDS = 30  # within which a disagreement has to surface; a hang would last for ever
+SECONDS = 100  # within which a disagreement has to surface; a hang would last for ever
 
 
 def rank_disagreeing(rank, change):
@@ -215,14 +215,14 @@ def test_largest(tmp_path, world):
 
 def rank_group_destroyed(rank):
     distributed.from_all(rank)
-    up = ranks.gloo_threads()
+    assert ranks.gloo_threads()
     torch.distributed.destroy_process_group()
-    return len(up) > 0, ranks.gloo_threads()
+    ranks.assert_no_gloo_threads()
 
 
 def test_nothing_keeps_a_group_that_is_destroyed(tmp_path):
     """Its threads, if there were any when Python ends, might abort the process."""
-    assert ranks.run(2, rank_group_destroyed, folder=tmp_path) == [(True, [])] * 2
+    assert ranks.run(2, rank_group_destroyed, folder=tmp_path) == [None] * 2
 
 
 def rank_batches_shrink_together(rank):

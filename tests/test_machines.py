@@ -27,12 +27,12 @@ from moco_fast.train import checkpoint
 if reason := unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-# The trainer, with a heartbeat of 2 seconds instead of 40.
+# The trainer, with a heartbeat of 5 seconds instead of 40.
 PROGRAM = """
 import sys
 from moco_fast import cli
 from moco_fast.train import heartbeat
-heartbeat.INTERVAL = 0.2
+heartbeat.INTERVAL = 0.5
 sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
@@ -112,7 +112,7 @@ def test_a_machine_that_is_cut_off_is_named_on_the_others(tmp_path):
             cut = time.monotonic()
             said = finish(started[0], status=1)
             seconds = time.monotonic() - cut
-            time.sleep(3)
+            time.sleep(6)
         finally:
             for process in started:
                 process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
@@ -121,7 +121,7 @@ def test_a_machine_that_is_cut_off_is_named_on_the_others(tmp_path):
         assert f"ranks 2, 3 died or stopped answering; this was rank {rank} of 4" in said, said
     for rank in (2, 3):
         assert f"does not answer; this was rank {rank} of 4" in elsewhere, elsewhere
-    assert seconds < 20
+    assert seconds < 60
     assert checkpoint.read(tmp_path / "run")["moco_fast"]["step"] >= 3
 
 

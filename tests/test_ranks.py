@@ -23,7 +23,7 @@ def leave(rank):
 
 def test_an_error_is_told_though_others_wait_for_the_rank(tmp_path):
     with pytest.raises(ranks.RankFailed, match=r"rank 1: (?s:.*)ValueError: this one"):
-        ranks.run(2, fail_alone, folder=tmp_path, seconds=10)
+        ranks.run(2, fail_alone, folder=tmp_path)
 
 
 def fail_alone(rank):

@@ -5,7 +5,6 @@ import io
 import math
 import os
 import signal
-import socket
 from dataclasses import fields, replace
 
 import pytest
@@ -221,6 +220,7 @@ def rank_of_a_study(rank, port, out):
     """As torchrun starts it: no process group yet. What it wrote and said."""
     dist.destroy_process_group()
     names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    names |= {"TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     written = []
 
@@ -236,16 +236,12 @@ def rank_of_a_study(rank, port, out):
     with contextlib.redirect_stdout(said):
         assert study_command.Study("momentum", out=out, device="cpu").run() == 0
     assert not dist.is_initialized()
-    # For whoever ends this rank.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return written, said.getvalue()
 
 
 def test_rank_0_alone_speaks_and_writes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (written, said), other = ranks.run(2, rank_of_a_study, port, tmp_path / "out", folder=tmp_path)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    (written, said), other = ranks.run(2, rank_of_a_study, store.port, tmp_path / "out", folder=tmp_path)
     assert written == ["table.md", "figure"] and "table.md and figure.png are in" in said
     assert other == ([], "")
 

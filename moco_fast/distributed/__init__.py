@@ -3,6 +3,11 @@
 Everything is the identity without a process group. Batches and keys travel in the default group.
 """
 
+import torch.distributed as dist
+
+if dist.is_available():  # before there is a group, which the defaults of its functions would keep
+    import torch.distributed.nn  # noqa: F401
+
 from moco_fast.distributed.agreement import (
     PATIENCE,
     Disagreement,

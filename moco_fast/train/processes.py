@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group, which the defaults of its functions would keep
 
 from moco_fast import distributed
 from moco_fast.train.heartbeat import STORE_GONE, Heartbeat, died, silent
