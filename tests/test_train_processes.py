@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(undisturbed):
 
 LEFT = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv[-1])
 import ranks, torch
 from torch.nn.parallel import DistributedDataParallel
 from moco_fast import distributed

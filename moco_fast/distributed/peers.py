@@ -67,7 +67,9 @@ def memory_if_faster(images: Tensor, places: Tensor, otherwise: Callable[[], obj
 
     Found out at the first batch of a shape, by all ranks together.
     """
-    known = _memory.setdefault(dist.group.WORLD, {})
+    group = dist.group.WORLD
+    assert group is not None
+    known = _memory.setdefault(group, {})
     batch = (images.shape, images.dtype, images.device)
     if batch not in known:
         known[batch] = _measured(images, places, otherwise)
