@@ -35,8 +35,8 @@ def unavailable() -> str | None:
 class Machine:
     """One of them."""
 
-    def __init__(self, number: int) -> None:
-        self.name, self.address = f"moco{uuid.uuid4().hex[:6]}-{number}", f"{NETWORK}{number + 1}"
+    def __init__(self, prefix: str, number: int) -> None:
+        self.name, self.address = f"{prefix}-{number}", f"{NETWORK}{number + 1}"
 
     def start(self, command: list[str], **environment: str) -> subprocess.Popen:
         """A program on it, in a group of processes of its own."""
@@ -68,7 +68,8 @@ def machines(
     gbit: float | None = None,  # Gb/s of every cable in each direction; None: what the CPU can copy
 ) -> Iterator[list[Machine]]:
     """So many, on one switch that is never the bottleneck."""
-    made, switch = [Machine(i) for i in range(count)], f"moco{uuid.uuid4().hex[:6]}-switch"
+    prefix = f"moco{uuid.uuid4().hex[:6]}"
+    made, switch = [Machine(prefix, i) for i in range(count)], f"{prefix}-switch"
     try:
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "switch", "type", "bridge")

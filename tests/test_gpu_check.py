@@ -162,26 +162,35 @@ def test_a_broken_gpu_fails_no_other_test(tmp_path):
     assert "test_breaks" in done.stdout and "crashed" in done.stdout
 
 
-# Interrupted as a stage whose time is over, but no sooner than there is something to name.
 CUT = """
-import os, signal, time
+import pathlib, time
 def test_good(): pass
 def test_bad(): assert 0
 def test_long():
-    os.kill(os.getpid(), signal.SIGINT)
+    pathlib.Path(__file__).with_name("begun").touch()
     time.sleep(99)
 """
 
 
-def test_a_test_run_that_is_cut_names_what_failed(tmp_path, capsys):
+def test_a_test_run_that_is_cut_names_what_failed(tmp_path, capsys, monkeypatch):
+    class Started(subprocess.Popen):
+        def wait(self, timeout=None):
+            """The time of the stage is over once the last test has begun, however long that takes."""
+            if (tmp_path / "begun").exists():
+                return super().wait(timeout)
+            while not (tmp_path / "begun").exists() and self.poll() is None:
+                time.sleep(0.02)
+            return super().wait(0)
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Started)
     tests = tmp_path / "test_cut.py"
     tests.write_text(CUT)
     (command,) = (s.command for s in gpu_check.stages(tmp_path, tmp_path) if s.name == "tests")
     flags = command[command.index("gpu") + 1 :]
     flags = flags[: flags.index("-n")] if "-n" in flags else flags  # of one process here
     cut = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tests)]
-    row = gpu_check.run(Stage("tests", [*cut, *flags], 240), 240.0, tmp_path / "log")
-    assert row.result == "failed"
+    row = gpu_check.run(Stage("tests", [*cut, *flags], 60, grace=60.0), 60.0, tmp_path / "log")
+    assert row.result == "out of time"
     printed = capsys.readouterr().out
     assert "FAILED" in printed and "test_bad" in printed and "1 failed, 1 passed" in printed
     assert "test_cut.py::test_bad FAILED" in (tmp_path / "log").read_text()

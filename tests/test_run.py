@@ -49,6 +49,7 @@ def test_differences_are_those_of_the_options_that_both_have():
     second = "second=None, was {'gray_p': 0.2}"
     assert differences(now, then) == f"lr=0.1, was 0.2; augment.gray_p=0.1, was 0.2; {second}"
     assert differences(now, then, ["lr", "new", "gone"]) == "lr=0.1, was 0.2"
+    assert differences(now, then, []) == ""
 
 
 def contents(folder):

@@ -124,7 +124,7 @@ ranks.assert_no_gloo_threads()
 def test_processes_leave_with_no_thread_that_python_could_abort_for(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(LEFT)
-    finish(torchrun(2, Path(__file__).parent, program=(str(program),), flag="--"))
+    finish(torchrun(2, Path(__file__).parent, program=(str(program),), flag="--tests"))
 
 
 # Ended by SIGTERM, on all processes, after step 3.

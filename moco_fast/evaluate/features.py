@@ -155,10 +155,13 @@ def labels_missing(dataset: Dataset) -> str | None:
     return None
 
 
-def need_labels(dataset: Dataset) -> None:
+def need_labels(
+    dataset: Dataset,
+    wanted: str = "measured",  # or "learned", which cannot be done either
+) -> None:
     """Raise ValueError if nothing can be classified on this dataset; says why."""
     if reason := labels_missing(dataset):
-        raise ValueError(f"data {dataset.name!r} cannot be measured: {reason}")
+        raise ValueError(f"data {dataset.name!r} cannot be {wanted}: {reason}")
 
 
 def spread(count: int, most: int) -> Tensor:

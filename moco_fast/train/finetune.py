@@ -21,7 +21,7 @@ from moco_fast.data.fraction import labelled_fraction
 from moco_fast.data.images import ImageSet
 from moco_fast.data.loader import BatchLoader
 from moco_fast.distributed import check_agreement, largest, rank, world_size
-from moco_fast.evaluate.features import View, all_features, labels_missing
+from moco_fast.evaluate.features import View, all_features, need_labels
 from moco_fast.evaluate.pictures import plot_confusion
 from moco_fast.evaluate.scores import accuracy_at, confusion
 from moco_fast.extras import new_console
@@ -136,8 +136,7 @@ def _finetune(
         out if saved or checkpoint is None else checkpoint, arch=config.arch, image_size=config.image_size
     )
     dataset = first_on_machine(lambda: dataset_for(start, config.data, console.print))
-    if reason := labels_missing(dataset):
-        raise ValueError(f"data {dataset.name!r} cannot be learned: {reason}")
+    need_labels(dataset, "learned")
     assert dataset.train.labels is not None and dataset.test is not None
     train, test = dataset.train, dataset.test
     if config.labels_fraction < 1:

@@ -331,7 +331,8 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any], names: Iterable
     Values are compared as JSON keeps them, which knows no tuples.
     """
     now, then = (json.loads(json.dumps(values)) for values in (now, then))
-    return "; ".join(_changes({name: now[name] for name in names or now if name in now}, then))
+    asked = now if names is None else {name: now[name] for name in names if name in now}
+    return "; ".join(_changes(asked, then))
 
 
 def _changes(now: Mapping[str, Any], then: Mapping[str, Any], within: str = "") -> Iterator[str]:
