@@ -62,7 +62,7 @@ class SplitBatchNorm(_BatchNorm):
         """Move the running statistics towards the parts' mean, whose variances are over ``values`` each."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)  # not +=, which would register the buffer anew
         unbiased = var.mean(0) * (values / (values - 1))
         for running, found in ((self.running_mean, mean.mean(0)), (self.running_var, unbiased)):
             factor: float | Tensor | None = self.momentum

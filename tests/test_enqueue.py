@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import moco_fast
 from moco_fast.ops.rows import _enqueue_
+from moco_fast.queue import Ring
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -140,7 +141,7 @@ def test_key_queue_keeps_its_mirror_in_step(backend):
 @pytest.fixture
 def mirrored(monkeypatch):
     """A queue whose mirror is read, as on a GPU."""
-    monkeypatch.setattr(moco_fast.queue.Ring, "_mirror_is_read", staticmethod(lambda rows: True))
+    monkeypatch.setattr(Ring, "_mirror_is_read", staticmethod(lambda rows: True))
     return moco_fast.KeyQueue(8, 60)
 
 
@@ -189,7 +190,7 @@ def test_replays_that_raise_no_version(mirrored, monkeypatch):
     monkeypatch.setattr(moco_fast.queue.ops, "enqueue_", lambda *args: None)
     mirrored.enqueue_(torch.randn(7, 8))
     monkeypatch.undo()
-    monkeypatch.setattr(moco_fast.queue.Ring, "_mirror_is_read", staticmethod(lambda rows: True))
+    monkeypatch.setattr(Ring, "_mirror_is_read", staticmethod(lambda rows: True))
     assert in_step(mirrored)
     mirrored.queue.data.fill_(0.5)
     assert in_step(mirrored)

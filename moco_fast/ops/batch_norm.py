@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, reference
-from moco_fast.ops import arguments
+from moco_fast.ops import arguments, library
 
 
 def split_batch_norm(
@@ -43,24 +43,23 @@ def split_batch_norm(
     Example:
         >>> y, mean, var = moco_fast.split_batch_norm(x, bn.weight, bn.bias, splits=8)
     """
-    y, mean, var = _split_batch_norm(*arguments.split_batch_norm(x, weight, bias, splits, eps))
-    return y, mean.detach(), var.detach()
+    return _split_batch_norm(*arguments.split_batch_norm(x, weight, bias, splits, eps))
 
 
-@torch.library.custom_op("moco_fast::split_batch_norm", mutates_args=())
+@library.op("split_batch_norm")
 def _split_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, splits: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return backends.choose("split_batch_norm", (x,)).split_batch_norm(x, weight, bias, splits, eps)
 
 
-@_split_batch_norm.register_fake
+@library.fake(_split_batch_norm)
 def _(x, weight, bias, splits, eps):
     mean, var = (x.new_empty((splits, x.shape[1]), dtype=reference.compute_dtype(x)) for _ in range(2))
     return torch.empty_like(reference.dense(x)), mean, var
 
 
-@torch.library.custom_op("moco_fast::split_batch_norm_backward", mutates_args=())
+@library.op("split_batch_norm_backward")
 def _split_batch_norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -68,35 +67,33 @@ def _split_batch_norm_backward(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    forced: str | None = None,  # what was at the forward pass, "" for nothing; None: what is now
+    forced: str | None,  # what was at the forward pass, "" for nothing; None: what is now
 ) -> tuple[Tensor, Tensor, Tensor]:
     name = backends.forced() if forced is None else forced
     backend = backends.choose_as(name, "split_batch_norm", (x, dy))
     return backend.split_batch_norm_backward(dy, x, weight, mean, var, eps)
 
 
-@_split_batch_norm_backward.register_fake
-def _(dy, x, weight, mean, var, eps, forced=None):
+@library.fake(_split_batch_norm_backward)
+def _(dy, x, weight, mean, var, eps, forced):
     dw, db = (mean.new_empty((x.shape[1],)) for _ in range(2))
     return torch.empty_like(reference.dense(x)), dw, db
 
 
-def _save(ctx, inputs, output):
-    x, weight, bias, _, ctx.eps = inputs
+def _save(ctx, arguments, results):
+    x, weight, bias, _, ctx.eps = arguments
     # Compiled functions outlive processes, which force one backend or another: they choose when they run.
     ctx.forced = None if torch.compiler.is_compiling() else backends.forced() or ""
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight, *output[1:])
-    ctx.set_materialize_grads(False)  # mean and var are detached: no zeros in place of their gradients
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.save_for_backward(x, weight, *results[1:])
 
 
 def _gradients(ctx, dy, *_):
-    if dy is None:
-        return None, None, None, None, None
     x, weight, mean, var = ctx.saved_tensors
     dx, dw, db = _split_batch_norm_backward(dy, x, weight, mean, var, ctx.eps, ctx.forced)
     dw = None if weight is None else dw.to(weight.dtype)
     return dx, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None, None
 
 
-_split_batch_norm.register_autograd(_gradients, setup_context=_save)
+library.differentiable(_split_batch_norm, _save, _gradients)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks, reference
-from moco_fast.ops import arguments
-from moco_fast.ops.losses import reduced, scaled_gradient
+from moco_fast.ops import arguments, library
+from moco_fast.ops.losses import reduced
 
 
 def dino(
@@ -78,7 +78,7 @@ def dino(
     return reduced(rows, reduction)
 
 
-@torch.library.custom_op("moco_fast::dino", mutates_args=())
+@library.op("dino")
 def _dino(
     student: Tensor,
     teacher: Tensor,
@@ -93,11 +93,11 @@ def _dino(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (student, teacher, prototypes, teacher_prototypes, center)
     backend = backends.choose("dino", tensors)
-    with torch.autocast(student.device.type, enabled=False):  # the op's own matrix products stay in fp32
+    with library.without_autocast(student.device):
         return backend.dino(*tensors, student_temperature, teacher_temperature, precision, need_ds, need_dw)
 
 
-@_dino.register_fake
+@library.fake(_dino)
 def _(student, teacher, prototypes, teacher_prototypes, center, t_s, t_t, precision, need_ds, need_dw):
     dtype = reference.compute_dtype(student, teacher, prototypes, teacher_prototypes, center)
     (n, c), p = student.shape, prototypes.shape[0]
@@ -105,21 +105,19 @@ def _(student, teacher, prototypes, teacher_prototypes, center, t_s, t_t, precis
     return loss, loss.new_empty((n if need_ds else 0, c)), loss.new_empty((p if need_dw else 0, c))
 
 
-def _save(ctx, inputs, output):
-    ctx.need_ds, ctx.need_dw = inputs[8:]
-    ctx.set_materialize_grads(False)  # else autograd fills gradients to ds and dw, 64 MB, with zeros
-    ctx.save_for_backward(inputs[0], inputs[2], *output[1:])
+def _save(ctx, arguments, results):
+    ctx.need_ds, ctx.need_dw = arguments[8:]
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.save_for_backward(arguments[0], arguments[2], *results[1:])
 
 
-def _scale(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 10
+def _scale(ctx, of_loss, *_):
     student, prototypes, ds, dw = ctx.saved_tensors
-    ds = scaled_gradient(grad_loss[:, None], ds, student, prototypes) if ctx.need_ds else None
+    ds = library.scaled(ds, of_loss[:, None], student.dtype) if ctx.need_ds else None
     # dw is that of the sum of the losses: where prototypes want a gradient, only their mean or sum leaves
-    # dino(), so that all of grad_loss is one value.
-    dw = scaled_gradient(grad_loss[:1, None], dw, prototypes, student) if ctx.need_dw else None
+    # dino(), so that all of of_loss is one value.
+    dw = library.scaled(dw, of_loss[:1, None], prototypes.dtype) if ctx.need_dw else None
     return ds, None, dw, *[None] * 7
 
 
-_dino.register_autograd(_scale, setup_context=_save)
+library.differentiable(_dino, _save, _scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks
-from moco_fast.ops import arguments
+from moco_fast.ops import arguments, library
 
 
 @torch.no_grad()
@@ -53,20 +53,15 @@ def ema_update_(
         _ema_update_(targets, sources, m, averages)
 
 
-def _ema_update_impl(
+@library.op("ema_update_", mutates=("targets", "masters"))
+def _ema_update_(
     targets: Sequence[Tensor], sources: Sequence[Tensor], m: Tensor, masters: Sequence[Tensor]
 ) -> None:
     if m.device.type == "cpu":
         checks.fraction("m", m.item())
-    # Backends write through pointers, unseen by autograd.
     torch.autograd.graph.increment_version([*targets, *masters])
     # One tensor decides: all share a device, and a backend leaves pairs of odd dtypes to the reference.
     backends.choose("ema_update_", targets[:1]).ema_update_(targets, sources, m, masters)
 
 
-# Not custom_op, whose wrappers cost a tenth of the update itself for a list of 161 parameters.
-_LIBRARY = torch.library.Library("moco_fast", "FRAGMENT")
-_LIBRARY.define("ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor m, Tensor(b!)[] masters) -> ()")
-_LIBRARY.impl("ema_update_", _ema_update_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("moco_fast::ema_update_", lambda targets, sources, m, masters: None, lib=_LIBRARY)
-_ema_update_ = torch.ops.moco_fast.ema_update_.default
+library.fake(_ema_update_)(lambda targets, sources, m, masters: None)

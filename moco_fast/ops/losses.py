@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks, reference
-from moco_fast.ops import arguments
+from moco_fast.ops import arguments, library
 
 
 class InfoNCEStats(NamedTuple):
@@ -106,7 +106,7 @@ def info_nce(
     need_dq = q.requires_grad and torch.is_grad_enabled()
     rows, _, rank, pos, neg = _info_nce(q, k, queue, temperature, precision, need_dq, return_stats)
     loss = reduced(rows, reduction)
-    return (loss, InfoNCEStats(rank, pos.detach(), neg.detach())) if return_stats else loss
+    return (loss, InfoNCEStats(rank, pos, neg)) if return_stats else loss
 
 
 def nt_xent(
@@ -218,16 +218,16 @@ def reduced(rows: Tensor, reduction: str) -> Tensor:
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
-@torch.library.custom_op("moco_fast::info_nce", mutates_args=())
+@library.op("info_nce")
 def _info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = backends.choose("info_nce", (q, k, queue))
-    with torch.autocast(q.device.type, enabled=False):  # the op's own matrix products stay in fp32
+    with library.without_autocast(q.device):
         return backend.info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
 
 
-@_info_nce.register_fake
+@library.fake(_info_nce)
 def _(q, k, queue, temperature, precision, need_dq, need_stats):
     n, c = q.shape
     loss = q.new_empty((n,), dtype=reference.compute_dtype(q, k, queue))
@@ -236,75 +236,52 @@ def _(q, k, queue, temperature, precision, need_dq, need_stats):
     return loss, dq, q.new_empty((stats,), dtype=torch.int64), loss.new_empty(stats), loss.new_empty(stats)
 
 
-class _DifferentiatedOnce(torch.autograd.Function):
-    """The identity on a gradient that depends on the inputs in a way autograd does not know."""
-
-    @staticmethod
-    def forward(ctx, grad, *inputs):
-        return grad.clone()
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError("no second derivative: the gradient of this loss was computed in the forward pass")
+def _save_dq(ctx, arguments, results):
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.save_for_backward(arguments[0], results[1])
 
 
-def scaled_gradient(scale: Tensor, gradient: Tensor, *inputs: Tensor) -> Tensor:
-    """The gradient to the first of the inputs, for losses that arrive at autograd with ``scale``."""
-    result = (scale * gradient).to(inputs[0].dtype)
-    if torch.is_grad_enabled():  # create_graph=True
-        result = _DifferentiatedOnce.apply(result, *inputs)
-    return result
-
-
-def _save_dq(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output[1])
-
-
-def _scale_dq(ctx, grad_loss, *_):
+def _scale_dq(ctx, of_loss, *_):
     q, dq = ctx.saved_tensors
-    return scaled_gradient(grad_loss[:, None], dq, q), None, None, None, None, None, None
+    return library.scaled(dq, of_loss[:, None], q.dtype), None, None, None, None, None, None
 
 
-_info_nce.register_autograd(_scale_dq, setup_context=_save_dq)
+library.differentiable(_info_nce, _save_dq, _scale_dq)
 
 
-@torch.library.custom_op("moco_fast::nt_xent", mutates_args=())
+@library.op("nt_xent")
 def _nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
     backend = backends.choose("nt_xent", (z,))
-    with torch.autocast(z.device.type, enabled=False):  # the op's own matrix products stay in fp32
+    with library.without_autocast(z.device):
         return backend.nt_xent(z, temperature, precision, need_dz)
 
 
-@_nt_xent.register_fake
+@library.fake(_nt_xent)
 def _(z, temperature, precision, need_dz):
     loss = z.new_empty(z.shape[:1], dtype=reference.compute_dtype(z))
     return loss, loss.new_empty((z.shape[0] if need_dz else 0, z.shape[1]))
 
 
-def _save_dz(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output[1])
-
-
-def _scale_dz(ctx, grad_loss, _):
+def _scale_dz(ctx, of_loss, *_):
     z, dz = ctx.saved_tensors
     # dz is that of the sum of the losses: only their mean or sum leaves nt_xent() with a gradient, so that
-    # all of grad_loss is one value.
-    return scaled_gradient(grad_loss[:1, None], dz, z), None, None, None
+    # all of of_loss is one value.
+    return library.scaled(dz, of_loss[:1, None], z.dtype), None, None, None
 
 
-_nt_xent.register_autograd(_scale_dz, setup_context=_save_dz)
+library.differentiable(_nt_xent, _save_dq, _scale_dz)
 
 
-@torch.library.custom_op("moco_fast::contrast", mutates_args=())
+@library.op("contrast")
 def _contrast(
     q: Tensor, k: Tensor, temperature: float, first: int, precision: str, need_dq: bool, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = backends.choose("contrast", (q, k))
-    with torch.autocast(q.device.type, enabled=False):  # the op's own matrix products stay in fp32
+    with library.without_autocast(q.device):
         return backend.contrast(q, k, temperature, first, precision, need_dq, need_dk)
 
 
-@_contrast.register_fake
+@library.fake(_contrast)
 def _(q, k, temperature, first, precision, need_dq, need_dk):
     problems, rows, features = q.shape
     loss = q.new_empty((problems, rows), dtype=reference.compute_dtype(q, k))
@@ -312,17 +289,18 @@ def _(q, k, temperature, first, precision, need_dq, need_dk):
     return loss, dq, loss.new_empty((problems, k.shape[1] if need_dk else 0, features))
 
 
-def _save_both(ctx, inputs, output):
-    ctx.need_dq, ctx.need_dk = inputs[5:]
-    ctx.save_for_backward(*inputs[:2], *output[1:])
+def _save_both(ctx, arguments, results):
+    ctx.need_dq, ctx.need_dk = arguments[5:]
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.save_for_backward(*arguments[:2], *results[1:])
 
 
-def _scale_both(ctx, grad_loss, *_):
+def _scale_both(ctx, of_loss, *_):
     q, k, dq, dk = ctx.saved_tensors
-    dq = scaled_gradient(grad_loss[..., None], dq, q, k) if ctx.need_dq else None
-    # As dz of nt_xent: where k wants a gradient, all of grad_loss is one value.
-    dk = scaled_gradient(grad_loss[:1, :1, None], dk, k, q) if ctx.need_dk else None
+    dq = library.scaled(dq, of_loss[..., None], q.dtype) if ctx.need_dq else None
+    # As dz of nt_xent: where k wants a gradient, all of of_loss is one value.
+    dk = library.scaled(dk, of_loss[:1, :1, None], k.dtype) if ctx.need_dk else None
     return dq, dk, None, None, None, None, None
 
 
-_contrast.register_autograd(_scale_both, setup_context=_save_both)
+library.differentiable(_contrast, _save_both, _scale_both)

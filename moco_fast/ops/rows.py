@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moco_fast import backends, checks, reference
-from moco_fast.ops import arguments
+from moco_fast.ops import arguments, library
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def take_rows(
     return _take_rows(*arguments.take_rows(x, index))
 
 
-@torch.library.custom_op("moco_fast::enqueue_", mutates_args=("queue", "ptr", "mirror"))
+@library.op("enqueue_", mutates=("queue", "ptr", "mirror"))
 def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None, order: Tensor | None) -> None:
     if ptr.device.type == "cpu" and not 0 <= ptr.item() < queue.shape[0]:
         raise ValueError(f"ptr must be in [0, {queue.shape[0]}), got {ptr.item()}")
@@ -70,16 +70,20 @@ def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None, o
         checks.in_range("order", order, keys.shape[0])
     if keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
         keys = keys.clone()  # rows of the queue itself, which would be overwritten while they are read
+    torch.autograd.graph.increment_version([queue, ptr] if mirror is None else [queue, ptr, mirror])
     backends.choose("enqueue_", (queue, keys)).enqueue_(queue, ptr, keys, mirror, order)
 
 
-@torch.library.custom_op("moco_fast::take_rows", mutates_args=())
+library.fake(_enqueue_)(lambda queue, ptr, keys, mirror, order: None)
+
+
+@library.op("take_rows")
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     checks.in_range("index", index, x.shape[0])
     x = reference.dense(x)
     return backends.choose("take_rows", (x, index)).take_rows(x, index)
 
 
-@_take_rows.register_fake
+@library.fake(_take_rows)
 def _(x, index):
     return reference.empty_rows(x, index.shape[0])
