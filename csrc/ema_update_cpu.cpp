@@ -8,23 +8,15 @@
 namespace moco_fast {
 namespace {
 
-// One cache line of fp32, and how far ahead lines are asked for: the hardware stops at every 4 KB page.
-constexpr int64_t kBlock = 16, kAhead = 512;
-
 // The rounded copy of a state that is its own target.
 struct NoCopy {};
 
 template <class State, class Source, class Copy>
 void update(State* state, const Source* source, Copy* copy, const Chunk& chunk, float m, float rest) {
-    for (int64_t block = chunk.begin; block < chunk.end; block += kBlock) {
-        __builtin_prefetch(state + block + kAhead, 1);
-        __builtin_prefetch(source + block + kAhead, 0);
-        const int64_t end = std::min(block + kBlock, chunk.end);
 #pragma omp simd
-        for (int64_t i = block; i < end; ++i) {
-            from_float(to_float(state[i]) * m + to_float(source[i]) * rest, state[i]);
-            if constexpr (!std::is_same_v<Copy, NoCopy>) from_float(to_float(state[i]), copy[i]);
-        }
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+        from_float(to_float(state[i]) * m + to_float(source[i]) * rest, state[i]);
+        if constexpr (!std::is_same_v<Copy, NoCopy>) from_float(to_float(state[i]), copy[i]);
     }
 }
 
