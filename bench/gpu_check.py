@@ -3,10 +3,10 @@
 Builds the package in place and sees that its CUDA part was built; checks and
 times every op, a process each; runs the tests marked ``gpu``, the kernels at small
 shapes, plain and under compute-sanitizer, and a whole training step; prints one table.
-Needs no package registry: torch, triton, pytest, setuptools, pybind11 and ninja
-have to be there. A stage that fails or runs out of time does not stop the next
-one, and what was found is written after each. Exits with 0 if all went well, 1
-if a stage failed, 2 without a GPU.
+Needs no package registry: torch, triton, torchvision, pytest, setuptools, pybind11,
+ninja, numpy, rich and matplotlib have to be there. A stage that fails or runs out of
+time does not stop the next one, and what was found is written after each. Exits with
+0 if all went well, 1 if a stage failed, 2 without a GPU.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def in_range(name: str, value: Tensor, end: int, start: int = 0, *, wait: bool =
     """
     if value.numel() == 0 or not (wait or (value.device.type == "cpu" and not torch.compiler.is_compiling())):
         return
-    least, most = int(value.min()), int(value.max())
+    least, most = map(int, value.aminmax())
     if not start <= least <= most < end:
         raise ValueError(f"{name} must be in [{start}, {end}), got {least} to {most}")
 

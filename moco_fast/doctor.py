@@ -40,14 +40,18 @@ def report() -> Iterator[tuple[str, str]]:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for op in OPS:
         for device in devices:
-            yield f"{op} on {device}", _served_by(op, torch.empty((1, 1), device=device))
+            yield f"{op} on {device}", _served_by(op, torch.empty((1, 128), device=device))
 
 
 def _served_by(op: str, probe: torch.Tensor) -> str:
-    """The backend that an op takes, and why not one preferred to it."""
+    """The backend that an op takes, and why not one preferred to it; or why it raises."""
+    try:
+        chosen = backends.choose(op, (probe,))
+    except RuntimeError as error:  # one is forced, and cannot
+        return f"none: {error}"
     passed_over: list[str] = []
     for name, backend in backends.BACKENDS.items():
-        if backend is backends.choose(op, (probe,)):
+        if backend is chosen:
             return "; ".join([name, *passed_over])
         passed_over.append(f"not {name}: {backend.cannot_serve(op, (probe,)) or 'only when asked for'}")
     raise AssertionError("choose() returns one of BACKENDS")

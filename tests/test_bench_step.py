@@ -122,6 +122,12 @@ def test_gpu_step(name):
     assert stages.busy_seconds(one, device) is None or stages.busy_seconds(one, device) > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a profiler of GPUs")
+def test_no_profiler_no_busy_seconds():
+    """The times of a whole configuration do not go with them."""
+    assert stages.busy_seconds(lambda: pytest.fail("stepped"), torch.device("cuda", 0)) is None
+
+
 def test_the_readme_gets_the_tables(tmp_path, monkeypatch):
     way = {"name": step.BARE, "p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "tax": 1.25, "images_per_s": 500.0}
     way |= {"extra_memory_mb": 7.0, "stages_ms": {}, "host_gaps_ms": None}

@@ -158,6 +158,16 @@ def test_doctor(capsys):
         assert f" {op} on cpu " in out
 
 
+def test_doctor_tells_what_a_forced_backend_cannot(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("MOCO_FAST_BACKEND", "triton")
+    assert main(["doctor"]) == 0
+    out = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    assert (
+        "forced: triton" in out and "info_nce on cpu none: backend 'triton' was asked for, but cannot" in out
+    )
+
+
 def test_missing_extra_is_named():
     """Without tyro the command says what to install."""
     program = (

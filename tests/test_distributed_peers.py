@@ -137,9 +137,13 @@ def test_where_it_does_not_work_nothing_is_measured(shared, monkeypatch):
     with monkeypatch.context() as patch:  # on another rank
         patch.setattr(peers, "largest", lambda failed: [1])
         assert tried() is None
-    with monkeypatch.context() as patch:  # memory of a GPU that this one does not reach
-        patch.setattr(symmetric, "rendezvous", lambda *_: types.SimpleNamespace(buffer_ptrs=[1, 0, 3]))
-        assert tried() is None
+    for handle in (
+        types.SimpleNamespace(buffer_ptrs=[1, 0, 3]),  # memory of a GPU that this one does not reach
+        types.SimpleNamespace(buffer_ptrs=[1, 2, 3], offset=64),  # within segments that begin there
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(symmetric, "rendezvous", lambda *_, handle=handle: handle)
+            assert tried() is None
 
 
 @pytest.mark.parametrize(

@@ -309,12 +309,13 @@ def test_small_shapes_are_good_arguments(monkeypatch, capsys):
 
 
 def test_gpu_tests_are_collected_without_the_command_line_and_peers():
-    """On a machine with PyTorch and pytest alone, whatever their files test besides."""
+    """Nor with pytest-benchmark, whatever their files test besides: of what the check says it needs."""
     program = (
         "import sys\n"
         "sys.modules |= dict.fromkeys(('tyro', 'lightly'))\n"  # None: cannot be imported
         "import pytest\n"
-        "raise SystemExit(pytest.main(['tests', '-mgpu', '--collect-only', '-q', '-pno:cacheprovider']))"
+        "raise SystemExit(pytest.main(['tests', '-mgpu', '--collect-only', '-q', '-pno:cacheprovider',"
+        " '-pno:benchmark']))"
     )
     done = subprocess.run(python(program), cwd=gpu_check.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]

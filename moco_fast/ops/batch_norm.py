@@ -46,19 +46,6 @@ def split_batch_norm(
     return _split_batch_norm(*arguments.split_batch_norm(x, weight, bias, splits, eps))
 
 
-@library.op("split_batch_norm")
-def _split_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, splits: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.choose("split_batch_norm", (x,)).split_batch_norm(x, weight, bias, splits, eps)
-
-
-@library.fake(_split_batch_norm)
-def _(x, weight, bias, splits, eps):
-    mean, var = (x.new_empty((splits, x.shape[1]), dtype=reference.compute_dtype(x)) for _ in range(2))
-    return torch.empty_like(reference.dense(x)), mean, var
-
-
 @library.op("split_batch_norm_backward")
 def _split_batch_norm_backward(
     dy: Tensor,
@@ -89,11 +76,21 @@ def _save(ctx, arguments, results):
     ctx.save_for_backward(x, weight, *results[1:])
 
 
-def _gradients(ctx, dy, *_):
-    x, weight, mean, var = ctx.saved_tensors
+def _gradients(ctx, saved, dy, *_):
+    x, weight, mean, var = saved
     dx, dw, db = _split_batch_norm_backward(dy, x, weight, mean, var, ctx.eps, ctx.forced)
     dw = None if weight is None else dw.to(weight.dtype)
     return dx, dw, None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None, None
 
 
-library.differentiable(_split_batch_norm, _save, _gradients)
+@library.op("split_batch_norm", save=_save, gradients=_gradients)
+def _split_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, splits: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.choose("split_batch_norm", (x,)).split_batch_norm(x, weight, bias, splits, eps)
+
+
+@library.fake(_split_batch_norm)
+def _(x, weight, bias, splits, eps):
+    mean, var = (x.new_empty((splits, x.shape[1]), dtype=reference.compute_dtype(x)) for _ in range(2))
+    return torch.empty_like(reference.dense(x)), mean, var

@@ -78,7 +78,21 @@ def dino(
     return reduced(rows, reduction)
 
 
-@library.op("dino")
+def _save(ctx, arguments, results):
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.save_for_backward(arguments[0], arguments[2], *results[1:])
+
+
+def _scale(ctx, saved, of_loss, *_):
+    student, prototypes, ds, dw = saved
+    ds = library.scaled(ds, of_loss[:, None], student.dtype) if ctx.needs_input_grad[0] else None
+    # dw is that of the sum of the losses: where prototypes want a gradient, only their mean or sum leaves
+    # dino(), so that all of of_loss is one value.
+    dw = library.scaled(dw, of_loss[:1, None], prototypes.dtype) if ctx.needs_input_grad[2] else None
+    return ds, None, dw, *[None] * 7
+
+
+@library.op("dino", save=_save, gradients=_scale)
 def _dino(
     student: Tensor,
     teacher: Tensor,
@@ -103,21 +117,3 @@ def _(student, teacher, prototypes, teacher_prototypes, center, t_s, t_t, precis
     (n, c), p = student.shape, prototypes.shape[0]
     loss = student.new_empty((n,), dtype=dtype)
     return loss, loss.new_empty((n if need_ds else 0, c)), loss.new_empty((p if need_dw else 0, c))
-
-
-def _save(ctx, arguments, results):
-    ctx.need_ds, ctx.need_dw = arguments[8:]
-    ctx.mark_non_differentiable(*results[1:])
-    ctx.save_for_backward(arguments[0], arguments[2], *results[1:])
-
-
-def _scale(ctx, of_loss, *_):
-    student, prototypes, ds, dw = ctx.saved_tensors
-    ds = library.scaled(ds, of_loss[:, None], student.dtype) if ctx.need_ds else None
-    # dw is that of the sum of the losses: where prototypes want a gradient, only their mean or sum leaves
-    # dino(), so that all of of_loss is one value.
-    dw = library.scaled(dw, of_loss[:1, None], prototypes.dtype) if ctx.need_dw else None
-    return ds, None, dw, *[None] * 7
-
-
-library.differentiable(_dino, _save, _scale)

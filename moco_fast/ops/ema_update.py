@@ -59,7 +59,6 @@ def _ema_update_(
 ) -> None:
     if m.device.type == "cpu":
         checks.fraction("m", m.item())
-    torch.autograd.graph.increment_version([*targets, *masters])
     # One tensor decides: all share a device, and a backend leaves pairs of odd dtypes to the reference.
     backends.choose("ema_update_", targets[:1]).ema_update_(targets, sources, m, masters)
 

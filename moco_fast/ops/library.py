@@ -13,21 +13,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("moco_fast", "FRAGMENT")
 
 
-def op(name: str, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+def op(
+    name: str,
+    *,
+    mutates: Sequence[str] = (),
+    save: Callable[..., None] | None = None,
+    gradients: Callable[..., tuple] | None = None,
+) -> Callable[[Callable[..., Any]], Any]:
     """Make a function the op ``moco_fast::name``, into which torch.compile does not look.
 
     Args:
-        mutates: names of the arguments that it writes, unseen by autograd.
+        mutates: names of the arguments that it writes; autograd is told.
+        save: ``save(ctx, arguments, results)`` after the forward pass; saves at least the arguments that the
+            gradients depend on. An op without it has no gradient.
+        gradients: ``gradients(ctx, saved, *of_results)`` for every argument; None for what has none, on both
+            sides. They can be differentiated once; a second derivative raises.
     """
 
     def register(function: Callable[..., Any]) -> Any:
-        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates))
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.moco_fast, name).default
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, _below_autograd(function), "CompositeExplicitAutograd")
+        made = getattr(torch.ops.moco_fast, name).default
+        if save and gradients:
+            LIBRARY.impl(name, _differentiable(made, save, gradients), "Autograd")
+        if mutates:
+            LIBRARY.impl(name, _counting_versions(made, mutates), "ADInplaceOrView", with_keyset=True)
+        return made
 
     return register
 
@@ -37,41 +54,63 @@ def fake(op: Any) -> Callable[[Callable[..., Any]], None]:
     return partial(torch.library.register_fake, op.name(), lib=LIBRARY)
 
 
-def differentiable(op: Any, save: Callable[..., None], gradients: Callable[..., tuple]) -> None:
-    """Give an op a gradient, which can be differentiated once; a second derivative raises.
-
-    Args:
-        save: ``save(ctx, arguments, results)`` after the forward pass; saves at least the arguments that the
-            gradients depend on.
-        gradients: ``gradients(ctx, *of_results)`` for every argument; None for what has none, on both sides.
-    """
-    below_autograd = torch._C._AutoDispatchBelowAutograd
-
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            with below_autograd():
-                results = op(*arguments)
-            ctx.set_materialize_grads(False)  # else autograd writes zeros for results that nobody used
-            save(ctx, arguments, results)
-            return results
-
-        @staticmethod
-        def backward(ctx: Any, *of_results: Any) -> Any:
-            if all(gradient is None for gradient in of_results):
-                return (None,) * len(ctx.needs_input_grad)
-            found = gradients(ctx, *of_results)
-            if torch.is_grad_enabled():  # create_graph=True
-                found = _DifferentiatedOnce.apply(len(found), *found, *of_results, *ctx.saved_tensors)
-            return found
+def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Nothing that it calls is recorded."""
 
     def call(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return Differentiable.apply(*arguments)
-        with below_autograd():
-            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*arguments)
 
-    LIBRARY.impl(op.name(), call, "Autograd")
+    return call
+
+
+def _counting_versions(op: Any, mutates: Sequence[str]) -> Callable[..., None]:
+    """An op that counts its writes, in traces too: a gradient that needs the old values raises."""
+    written = [i for i, argument in enumerate(op._schema.arguments) if argument.name in mutates]
+
+    def call(keys: Any, *arguments: Any) -> None:
+        for i in written:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])
+        op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    return call
+
+
+def _differentiable(
+    op: Any, save: Callable[..., None], gradients: Callable[..., tuple]
+) -> Callable[..., Any]:
+    """An op with gradients."""
+    undifferentiated = _below_autograd(op)
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        results = undifferentiated(*arguments)
+        ctx.set_materialize_grads(False)  # else autograd writes zeros for results that nobody used
+        save(ctx, arguments, results)
+        return results
+
+    def backward(ctx: Any, *of_results: Any) -> Any:
+        if all(gradient is None for gradient in of_results):
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors  # once: hooks may unpack them, a checkpoint does so only once
+        found = gradients(ctx, saved, *of_results)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _DifferentiatedOnce.apply(len(found), *found, *of_results, *saved)
+        return found
+
+    # Autograd names its nodes, in profiles and for anomalies, after the class.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(op.name().split("::")[1], (torch.autograd.Function,), methods)
+
+    def call(*arguments: Any) -> Any:
+        # In forward mode too: autograd.Function raises where a tangent would be lost.
+        if forward_ad._current_level >= 0 or (
+            torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+        ):
+            return function.apply(*arguments)
+        return undifferentiated(*arguments)
+
+    return call
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,4 +133,4 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("no second derivative: the gradient was computed by a kernel, not by autograd")
+        raise RuntimeError("no second derivative: the gradient is that of an op, unknown to autograd")

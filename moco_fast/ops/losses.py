@@ -218,7 +218,17 @@ def reduced(rows: Tensor, reduction: str) -> Tensor:
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
-@library.op("info_nce")
+def _save_dq(ctx, arguments, results):
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.save_for_backward(arguments[0], results[1])
+
+
+def _scale_dq(ctx, saved, of_loss, *_):
+    q, dq = saved
+    return library.scaled(dq, of_loss[:, None], q.dtype), None, None, None, None, None, None
+
+
+@library.op("info_nce", save=_save_dq, gradients=_scale_dq)
 def _info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -236,20 +246,14 @@ def _(q, k, queue, temperature, precision, need_dq, need_stats):
     return loss, dq, q.new_empty((stats,), dtype=torch.int64), loss.new_empty(stats), loss.new_empty(stats)
 
 
-def _save_dq(ctx, arguments, results):
-    ctx.mark_non_differentiable(*results[1:])
-    ctx.save_for_backward(arguments[0], results[1])
+def _scale_dz(ctx, saved, of_loss, *_):
+    z, dz = saved
+    # dz is that of the sum of the losses: only their mean or sum leaves nt_xent() with a gradient, so that
+    # all of of_loss is one value.
+    return library.scaled(dz, of_loss[:1, None], z.dtype), None, None, None
 
 
-def _scale_dq(ctx, of_loss, *_):
-    q, dq = ctx.saved_tensors
-    return library.scaled(dq, of_loss[:, None], q.dtype), None, None, None, None, None, None
-
-
-library.differentiable(_info_nce, _save_dq, _scale_dq)
-
-
-@library.op("nt_xent")
+@library.op("nt_xent", save=_save_dq, gradients=_scale_dz)
 def _nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
     backend = backends.choose("nt_xent", (z,))
     with library.without_autocast(z.device):
@@ -262,17 +266,20 @@ def _(z, temperature, precision, need_dz):
     return loss, loss.new_empty((z.shape[0] if need_dz else 0, z.shape[1]))
 
 
-def _scale_dz(ctx, of_loss, *_):
-    z, dz = ctx.saved_tensors
-    # dz is that of the sum of the losses: only their mean or sum leaves nt_xent() with a gradient, so that
-    # all of of_loss is one value.
-    return library.scaled(dz, of_loss[:1, None], z.dtype), None, None, None
+def _save_both(ctx, arguments, results):
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.save_for_backward(*arguments[:2], *results[1:])
 
 
-library.differentiable(_nt_xent, _save_dq, _scale_dz)
+def _scale_both(ctx, saved, of_loss, *_):
+    q, k, dq, dk = saved
+    dq = library.scaled(dq, of_loss[..., None], q.dtype) if ctx.needs_input_grad[0] else None
+    # As dz of nt_xent: where k wants a gradient, all of of_loss is one value.
+    dk = library.scaled(dk, of_loss[:1, :1, None], k.dtype) if ctx.needs_input_grad[1] else None
+    return dq, dk, None, None, None, None, None
 
 
-@library.op("contrast")
+@library.op("contrast", save=_save_both, gradients=_scale_both)
 def _contrast(
     q: Tensor, k: Tensor, temperature: float, first: int, precision: str, need_dq: bool, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,20 +294,3 @@ def _(q, k, temperature, first, precision, need_dq, need_dk):
     loss = q.new_empty((problems, rows), dtype=reference.compute_dtype(q, k))
     dq = loss.new_empty((problems, rows if need_dq else 0, features))
     return loss, dq, loss.new_empty((problems, k.shape[1] if need_dk else 0, features))
-
-
-def _save_both(ctx, arguments, results):
-    ctx.need_dq, ctx.need_dk = arguments[5:]
-    ctx.mark_non_differentiable(*results[1:])
-    ctx.save_for_backward(*arguments[:2], *results[1:])
-
-
-def _scale_both(ctx, of_loss, *_):
-    q, k, dq, dk = ctx.saved_tensors
-    dq = library.scaled(dq, of_loss[..., None], q.dtype) if ctx.need_dq else None
-    # As dz of nt_xent: where k wants a gradient, all of of_loss is one value.
-    dk = library.scaled(dk, of_loss[:1, :1, None], k.dtype) if ctx.need_dk else None
-    return dq, dk, None, None, None, None, None
-
-
-library.differentiable(_contrast, _save_both, _scale_both)

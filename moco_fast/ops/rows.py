@@ -70,7 +70,6 @@ def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None, o
         checks.in_range("order", order, keys.shape[0])
     if keys.untyped_storage().data_ptr() == queue.untyped_storage().data_ptr():
         keys = keys.clone()  # rows of the queue itself, which would be overwritten while they are read
-    torch.autograd.graph.increment_version([queue, ptr] if mirror is None else [queue, ptr, mirror])
     backends.choose("enqueue_", (queue, keys)).enqueue_(queue, ptr, keys, mirror, order)
 
 
