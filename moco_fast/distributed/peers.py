@@ -42,9 +42,8 @@ class PeerMemory:
         pointers = self._handle.buffer_ptrs
         if not all(pointers):
             raise RuntimeError("the memory of some ranks has no address on this one")
-        if offset := getattr(
-            self._handle, "offset", 0
-        ):  # of this rank's; the addresses are of whole segments
+        # The addresses are those of segments, in which the memory may lie further on.
+        if offset := getattr(self._handle, "offset", 0):
             raise RuntimeError(f"the memory starts {offset} bytes into its segment")
         self._peers = torch.tensor(pointers, device=own.device)
 

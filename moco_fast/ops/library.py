@@ -119,7 +119,7 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Where an op multiplies matrices in fp32 of its own."""
+    """For an op's own matrix products, which stay in fp32."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
