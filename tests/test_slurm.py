@@ -9,7 +9,8 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "slurm.sh"
 COMMANDS = {
-    "scontrol": 'echo node7; echo node8; echo "$@" > scontrol',
+    # Written first: once it has a line, head goes, and what still speaks to it dies.
+    "scontrol": 'echo "$@" > scontrol; echo node7; echo node8',
     "srun": 'echo "$SRUN_CPUS_PER_TASK" > srun; exec "$@"',
     "torchrun": 'printf "%s\\n" "$@"',
 }
