@@ -309,7 +309,7 @@ def test_small_shapes_are_good_arguments(monkeypatch, capsys):
 
 
 def test_gpu_tests_are_collected_without_the_command_line_and_peers():
-    """Nor with pytest-benchmark, whatever their files test besides: of what the check says it needs."""
+    """With what the check says it needs, whatever their files test besides."""
     program = (
         "import sys\n"
         "sys.modules |= dict.fromkeys(('tyro', 'lightly'))\n"  # None: cannot be imported

@@ -72,11 +72,10 @@ def _save(ctx, arguments, results):
     # Compiled functions outlive processes, which force one backend or another: they choose when they run.
     ctx.forced = None if torch.compiler.is_compiling() else backends.forced() or ""
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(*results[1:])
     ctx.save_for_backward(x, weight, *results[1:])
 
 
-def _gradients(ctx, saved, dy, *_):
+def _gradients(ctx, saved, dy):
     x, weight, mean, var = saved
     dx, dw, db = _split_batch_norm_backward(dy, x, weight, mean, var, ctx.eps, ctx.forced)
     dw = None if weight is None else dw.to(weight.dtype)

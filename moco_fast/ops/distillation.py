@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moco_fast import backends, checks, reference
 from moco_fast.ops import arguments, library
-from moco_fast.ops.losses import reduced
+from moco_fast.ops.losses import reduced, scaled, without_autocast
 
 
 def dino(
@@ -79,16 +79,15 @@ def dino(
 
 
 def _save(ctx, arguments, results):
-    ctx.mark_non_differentiable(*results[1:])
     ctx.save_for_backward(arguments[0], arguments[2], *results[1:])
 
 
-def _scale(ctx, saved, of_loss, *_):
+def _scale(ctx, saved, of_loss):
     student, prototypes, ds, dw = saved
-    ds = library.scaled(ds, of_loss[:, None], student.dtype) if ctx.needs_input_grad[0] else None
+    ds = scaled(ds, of_loss[:, None], student.dtype) if ctx.needs_input_grad[0] else None
     # dw is that of the sum of the losses: where prototypes want a gradient, only their mean or sum leaves
     # dino(), so that all of of_loss is one value.
-    dw = library.scaled(dw, of_loss[:1, None], prototypes.dtype) if ctx.needs_input_grad[2] else None
+    dw = scaled(dw, of_loss[:1, None], prototypes.dtype) if ctx.needs_input_grad[2] else None
     return ds, None, dw, *[None] * 7
 
 
@@ -107,7 +106,7 @@ def _dino(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (student, teacher, prototypes, teacher_prototypes, center)
     backend = backends.choose("dino", tensors)
-    with library.without_autocast(student.device):
+    with without_autocast(student.device):
         return backend.dino(*tensors, student_temperature, teacher_temperature, precision, need_ds, need_dw)
 
 

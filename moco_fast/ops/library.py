@@ -7,7 +7,6 @@ device. What they look for at run time, results that share memory with arguments
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-LIBRARY = torch.library.Library("moco_fast", "FRAGMENT")
+_LIBRARY = torch.library.Library("moco_fast", "FRAGMENT")
 
 
 def op(
@@ -28,22 +27,23 @@ def op(
     """Make a function the op ``moco_fast::name``, into which torch.compile does not look.
 
     Args:
-        mutates: names of the arguments that it writes; autograd is told.
+        mutates: names of the arguments that it writes; autograd is told. Such an op returns nothing.
         save: ``save(ctx, arguments, results)`` after the forward pass; saves at least the arguments that the
             gradients depend on. An op without it has no gradient.
-        gradients: ``gradients(ctx, saved, *of_results)`` for every argument; None for what has none, on both
-            sides. They can be differentiated once; a second derivative raises.
+        gradients: ``gradients(ctx, saved, of_first)`` of all arguments, or None, from that of the first
+            result, which alone has one. A second derivative raises.
     """
 
     def register(function: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, _below_autograd(function), "CompositeExplicitAutograd")
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, _below_autograd(function), "CompositeExplicitAutograd")
         made = getattr(torch.ops.moco_fast, name).default
         if save and gradients:
-            LIBRARY.impl(name, _differentiable(made, save, gradients), "Autograd")
+            _LIBRARY.impl(name, _differentiable(made, save, gradients), "Autograd")
         if mutates:
-            LIBRARY.impl(name, _counting_versions(made, mutates), "ADInplaceOrView", with_keyset=True)
+            fake(made)(lambda *_: None)
+            _LIBRARY.impl(name, _counting_versions(made, mutates), "ADInplaceOrView", with_keyset=True)
         return made
 
     return register
@@ -51,7 +51,7 @@ def op(
 
 def fake(op: Any) -> Callable[[Callable[..., Any]], None]:
     """What an op returns, without data."""
-    return partial(torch.library.register_fake, op.name(), lib=LIBRARY)
+    return partial(torch.library.register_fake, op.name(), lib=_LIBRARY)
 
 
 def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,17 +85,18 @@ def _differentiable(
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = undifferentiated(*arguments)
-        ctx.set_materialize_grads(False)  # else autograd writes zeros for results that nobody used
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)  # else autograd writes zeros in their place
         save(ctx, arguments, results)
         return results
 
-    def backward(ctx: Any, *of_results: Any) -> Any:
-        if all(gradient is None for gradient in of_results):
+    def backward(ctx: Any, of_first: Tensor | None, *_: None) -> Any:
+        if of_first is None:
             return (None,) * len(ctx.needs_input_grad)
         saved = ctx.saved_tensors  # once: hooks may unpack them, a checkpoint does so only once
-        found = gradients(ctx, saved, *of_results)
+        found = gradients(ctx, saved, of_first)
         if torch.is_grad_enabled():  # create_graph=True
-            found = _DifferentiatedOnce.apply(len(found), *found, *of_results, *saved)
+            found = _DifferentiatedOnce.apply(len(found), *found, of_first, *saved)
         return found
 
     # Autograd names its nodes, in profiles and for anomalies, after the class.
@@ -111,17 +112,6 @@ def _differentiable(
         return undifferentiated(*arguments)
 
     return call
-
-
-def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient found in the forward pass, for losses that arrive at autograd with ``scale``."""
-    return (scale * gradient).to(dtype)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """For an op's own matrix products, which stay in fp32."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 class _DifferentiatedOnce(torch.autograd.Function):

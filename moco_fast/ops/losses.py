@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -218,14 +219,24 @@ def reduced(rows: Tensor, reduction: str) -> Tensor:
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient found in the forward pass, for losses that arrive at autograd with ``scale``."""
+    return (scale * gradient).to(dtype)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """For an op's own matrix products, which stay in fp32."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
 def _save_dq(ctx, arguments, results):
-    ctx.mark_non_differentiable(*results[1:])
     ctx.save_for_backward(arguments[0], results[1])
 
 
-def _scale_dq(ctx, saved, of_loss, *_):
+def _scale_dq(ctx, saved, of_loss):
     q, dq = saved
-    return library.scaled(dq, of_loss[:, None], q.dtype), None, None, None, None, None, None
+    return scaled(dq, of_loss[:, None], q.dtype), None, None, None, None, None, None
 
 
 @library.op("info_nce", save=_save_dq, gradients=_scale_dq)
@@ -233,7 +244,7 @@ def _info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = backends.choose("info_nce", (q, k, queue))
-    with library.without_autocast(q.device):
+    with without_autocast(q.device):
         return backend.info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
 
 
@@ -246,17 +257,17 @@ def _(q, k, queue, temperature, precision, need_dq, need_stats):
     return loss, dq, q.new_empty((stats,), dtype=torch.int64), loss.new_empty(stats), loss.new_empty(stats)
 
 
-def _scale_dz(ctx, saved, of_loss, *_):
+def _scale_dz(ctx, saved, of_loss):
     z, dz = saved
     # dz is that of the sum of the losses: only their mean or sum leaves nt_xent() with a gradient, so that
     # all of of_loss is one value.
-    return library.scaled(dz, of_loss[:1, None], z.dtype), None, None, None
+    return scaled(dz, of_loss[:1, None], z.dtype), None, None, None
 
 
 @library.op("nt_xent", save=_save_dq, gradients=_scale_dz)
 def _nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
     backend = backends.choose("nt_xent", (z,))
-    with library.without_autocast(z.device):
+    with without_autocast(z.device):
         return backend.nt_xent(z, temperature, precision, need_dz)
 
 
@@ -267,15 +278,14 @@ def _(z, temperature, precision, need_dz):
 
 
 def _save_both(ctx, arguments, results):
-    ctx.mark_non_differentiable(*results[1:])
     ctx.save_for_backward(*arguments[:2], *results[1:])
 
 
-def _scale_both(ctx, saved, of_loss, *_):
+def _scale_both(ctx, saved, of_loss):
     q, k, dq, dk = saved
-    dq = library.scaled(dq, of_loss[..., None], q.dtype) if ctx.needs_input_grad[0] else None
+    dq = scaled(dq, of_loss[..., None], q.dtype) if ctx.needs_input_grad[0] else None
     # As dz of nt_xent: where k wants a gradient, all of of_loss is one value.
-    dk = library.scaled(dk, of_loss[:1, :1, None], k.dtype) if ctx.needs_input_grad[1] else None
+    dk = scaled(dk, of_loss[:1, :1, None], k.dtype) if ctx.needs_input_grad[1] else None
     return dq, dk, None, None, None, None, None
 
 
@@ -284,7 +294,7 @@ def _contrast(
     q: Tensor, k: Tensor, temperature: float, first: int, precision: str, need_dq: bool, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = backends.choose("contrast", (q, k))
-    with library.without_autocast(q.device):
+    with without_autocast(q.device):
         return backend.contrast(q, k, temperature, first, precision, need_dq, need_dk)
 
 

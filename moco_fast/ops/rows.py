@@ -73,9 +73,6 @@ def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor, mirror: Tensor | None, o
     backends.choose("enqueue_", (queue, keys)).enqueue_(queue, ptr, keys, mirror, order)
 
 
-library.fake(_enqueue_)(lambda queue, ptr, keys, mirror, order: None)
-
-
 @library.op("take_rows")
 def _take_rows(x: Tensor, index: Tensor) -> Tensor:
     checks.in_range("index", index, x.shape[0])
