@@ -3,14 +3,25 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(MOCO_FAST_X86_64)
+#include <cpuid.h>
+#endif
+
 namespace moco_fast {
+
+#if defined(MOCO_FAST_X86_64)
+// __builtin_cpu_supports knows this name only from GCC 11 and Clang 19 on.
+static bool has_f16c() {
+    unsigned int eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
 
 // __builtin_cpu_supports asks cpuid and xgetbv: true only where the operating system saves the registers too.
 std::vector<Isa> supported_isas() {
     std::vector<Isa> isas{Isa::baseline};
 #if defined(MOCO_FAST_X86_64)
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx2) isas.push_back(Isa::avx2);

@@ -1,7 +1,7 @@
-"""Tests of the CPU kernels, compiled with AddressSanitizer: a process of test_bounds.py.
+"""Tests of CPU kernels that were compiled in another way: a process of test_bounds.py and test_build.py.
 
 ``python bounds_cpu.py MODULE [PYTEST_ARGUMENT...]``, with the module in place of ``moco_fast._C``; without
-arguments of pytest a kernel is told of more rows than there are.
+arguments of pytest a kernel is told of more rows than there are, which AddressSanitizer should see.
 """
 
 import importlib.util

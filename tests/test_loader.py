@@ -1,5 +1,6 @@
 """The loader: order, resuming, workers, broken files."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -153,9 +154,16 @@ def test_loader_arguments(arguments, message):
         next(BatchLoader(numbered(23), 4, 0).batches(0, start=6))
 
 
-def test_an_error_in_a_worker_ends_the_process():
-    """Workers ignore SIGTERM, which Python sends them at its end, to wait for them then."""
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_an_error_in_a_worker_ends_the_process(method):
+    """Workers ignore SIGTERM, which Python sends them at its end, to wait for them then.
+
+    They are forked whatever Python's default is: no other way could give them a class of this program.
+    """
+    if sys.platform != "linux":
+        pytest.skip("workers are forked on Linux alone")
     program = (
+        f"import multiprocessing; multiprocessing.set_start_method({method!r})\n"
         "import torch\nfrom moco_fast.data.images import Fetched, ImageSet\n"
         "from moco_fast.data.loader import BatchLoader\n"
         "class Source:\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,9 @@ from moco_fast import checks
 from moco_fast.data.images import Fetched, ImageSet, ImageSource, Log
 
 PREFETCH = 2  # batches that every worker keeps ready
+# Forked workers start at once and share the list of files; Python 3.14 would start each of them anew.
+# macOS has libraries that do not survive a fork, Windows has no fork.
+START_METHOD = "fork" if sys.platform == "linux" else None
 
 
 class Batch(NamedTuple):
@@ -142,6 +146,7 @@ class BatchLoader:
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
+            multiprocessing_context=START_METHOD,
             worker_init_fn=_leave_interrupts_to_parent,
             collate_fn=_as_is,
             # Its own generator: the default one is global, and drawing from it would change the run.
