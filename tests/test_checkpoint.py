@@ -23,6 +23,7 @@ def whole(number):
     return {"epoch": number, "arch": "x", "state_dict": state, "optimizer": {}, "moco_fast": {"step": number}}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # this process has threads; the children use none
 def test_kill_9_while_writing_leaves_a_whole_file(tmp_path):
     """Forty processes killed at random moments of endless saving: the file is always whole, and moves on."""
     path = tmp_path / checkpoint.FILE_NAME

@@ -258,8 +258,9 @@ def test_records_that_cannot_be_written_end_no_run(tmp_path):
     told = []
     recorder = Recorder(tmp_path / "run", 1, told.append)
     recorder._file.close()
-    recorder._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    recorder._file = full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
     recorder.write(2, loss=1.0)
+    assert full.closed
     recorder.write(3, loss=1.0)
     recorder.close()
     assert len(told) == 1 and "gets no more records" in told[0]

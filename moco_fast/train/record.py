@@ -57,6 +57,8 @@ class Recorder:
                 self._file.write(json.dumps({"step": step, **values}) + "\n")
             except OSError as error:
                 self._say(f"Step {step}: {self._file.name} gets no more records: {error}")
+                with suppress(OSError):  # of the lines that it still holds, which Python 3.14 would print
+                    self._file.close()
                 self._file = None
         if self._board is not None:
             try:
