@@ -51,6 +51,8 @@ def cannot_serve(op: str, tensors: Sequence[Tensor]) -> str | None:
             return "it runs on the GPU (on the CPU with TRITON_INTERPRET=1, for tests)"
         if tensor.device.type not in ("cuda", "cpu"):
             return f"it runs on the GPU, the tensors are on {tensor.device}"
+        if tensor.is_cuda and torch.version.hip:
+            return "its kernels are for NVIDIA GPUs, this PyTorch is for AMD's"
         if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < OLDEST:
             return "it needs a GPU of compute capability 8.0 or newer"
         if op != "take_rows" and not (

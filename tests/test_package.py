@@ -129,6 +129,23 @@ def test_forcing_a_backend():
     assert torch.allclose(moco_fast.info_nce(q, q, queue), want, rtol=1e-5)
 
 
+def test_which_gpus_triton_serves(monkeypatch):
+    """Those of AMD count their capabilities in their own way: 9.4 is not more than Hopper."""
+
+    class OnGpu:
+        is_cuda, device, dtype, ndim, shape = True, torch.device("cuda", 0), torch.float32, 2, (4, 128)
+
+    def reason(capability, hip=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        return triton.cannot_serve("nt_xent", [OnGpu()])
+
+    monkeypatch.setattr(triton, "installed", lambda: True)
+    assert reason((8, 0)) is None and reason((12, 0)) is None
+    assert reason((7, 5)) == "it needs a GPU of compute capability 8.0 or newer"
+    assert reason((9, 4), hip="7.0") == "its kernels are for NVIDIA GPUs, this PyTorch is for AMD's"
+
+
 def test_backend_from_the_environment():
     program = "from moco_fast import backends; print(backends.forced())"
     assert python(program, MOCO_FAST_BACKEND="reference") == "reference"
