@@ -90,7 +90,7 @@ def interpreter_fault():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             int(numpy.ones(1))
-    except TypeError:  # from NumPy 2.5 on; the interpreter then fails in `range` of values it computed
+    except TypeError:  # from NumPy 2.4 on; the interpreter then fails in `range` of values it computed
         if version < (3, 7):
             return f"the interpreter of Triton {compiler.__version__} needs NumPy below {numpy.__version__}"
     return None
