@@ -28,10 +28,8 @@ from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
 INFO_NAME = "_build_info.json"
-# No -ffast-math anywhere: NaN and infinity must reach the loss. Products are fused with sums only where
-# SOURCE_FLAGS says so, not where a CPU's least instruction set happens to have the fused one, as on ARM.
+# No -ffast-math anywhere: NaN and infinity must reach the loss.
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-CXX_FLAGS += ["-ffp-contract=off"]
 # Compiled once per entry, with -DMOCO_FAST_ISA=<name>; the CPU decides at run time.
 ISA_SOURCES = {
     "info_nce_cpu.cpp",
@@ -46,16 +44,20 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+# Whether products are fused with sums: said for every source, after CXXFLAGS. Otherwise ARM, whose least
+# instruction set has the fused one, would round in its own way, and updates would not be bitwise torch's.
+FUSED = ["-ffp-contract=fast"]
+UNFUSED = ["-ffp-contract=off"]
 # No value changes without errno and traps, but square roots and choices become vector instructions.
-OPTIMIZER_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+OPTIMIZER_FLAGS = [*UNFUSED, "-fno-math-errno", "-fno-trapping-math"]
 SOURCE_FLAGS = {
-    "info_nce_cpu.cpp": ["-ffp-contract=fast"],
-    "pairs_cpu.cpp": ["-ffp-contract=fast"],
-    "dino_cpu.cpp": ["-ffp-contract=fast"],
-    "split_batch_norm_cpu.cpp": ["-ffp-contract=fast"],
+    "info_nce_cpu.cpp": FUSED,
+    "pairs_cpu.cpp": FUSED,
+    "dino_cpu.cpp": FUSED,
+    "split_batch_norm_cpu.cpp": FUSED,
     "sgd_cpu.cpp": OPTIMIZER_FLAGS,
     "adamw_cpu.cpp": OPTIMIZER_FLAGS,
-}
+}  # of all others UNFUSED
 USUAL_CUDA = "/usr/local/cuda/bin"
 # Code for Ampere and Hopper, and PTX, which every later GPU compiles for itself.
 NVCC_TARGETS = [
@@ -165,7 +167,7 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
 
         objects: list[str] = []
         for source in sorted(CSRC.glob("*.cpp")):
-            flags = list(SOURCE_FLAGS.get(source.name, []))
+            flags = list(SOURCE_FLAGS.get(source.name, UNFUSED))
             if source.name == "bindings.cpp":
                 flags += [*includes, *(["-DMOCO_FAST_CUDA"] if nvcc else [])]
             variants = tools.isas if source.name in ISA_SOURCES else {"": []}

@@ -5,17 +5,15 @@
 
 #if defined(MOCO_FAST_X86_64)
 #include <cpuid.h>
-#endif
 
-namespace moco_fast {
-
-#if defined(MOCO_FAST_X86_64)
 // __builtin_cpu_supports knows this name only from GCC 11 and Clang 19 on.
 static bool has_f16c() {
     unsigned int eax, ebx, ecx, edx;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 #endif
+
+namespace moco_fast {
 
 // __builtin_cpu_supports asks cpuid and xgetbv: true only where the operating system saves the registers too.
 std::vector<Isa> supported_isas() {
