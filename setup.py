@@ -38,6 +38,7 @@ ISA_SOURCES = {
     "sgd_cpu.cpp",
     "adamw_cpu.cpp",
     "split_batch_norm_cpu.cpp",
+    "augment_cpu.cpp",
 }
 X86_ISAS = {
     "baseline": [],
@@ -55,6 +56,7 @@ SOURCE_FLAGS = {
     "pairs_cpu.cpp": FUSED,
     "dino_cpu.cpp": FUSED,
     "split_batch_norm_cpu.cpp": FUSED,
+    "augment_cpu.cpp": FUSED,
     "sgd_cpu.cpp": OPTIMIZER_FLAGS,
     "adamw_cpu.cpp": OPTIMIZER_FLAGS,
 }  # of all others UNFUSED

@@ -42,6 +42,7 @@ AIMS = {
     ("ema_update_", "resnet50 with MLP"): 85,
     ("fused step", "SGD + EMA"): 200,
     ("nt_xent", "2N=8192,"): 100,
+    ("augment", "two crops of 256,"): 150,
 }
 
 
@@ -56,6 +57,7 @@ OPS = {
     "enqueue_": 9,
     "split_batch_norm": 24,
     "take_rows": 10,
+    "augment": 14,
 }
 NATIVE = """
 from moco_fast import native

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from bench import (
+    bench_augment,
     bench_contrast,
     bench_dino,
     bench_ema_update,
@@ -27,6 +28,7 @@ OPS = {
     "enqueue_": bench_enqueue,
     "split_batch_norm": bench_split_batch_norm,
     "take_rows": bench_take_rows,
+    "augment": bench_augment,
 }
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import moco_fast
 from bench.case import serving
+from moco_fast.data import AugmentConfig, random_view
 
 # N, K, C and dtype. Of every class of tiles one, and no multiple of a tile: addresses depend on no more.
 INPUTS = [((37, 257, 37), torch.float32), ((70, 1000, 128), torch.bfloat16)]
@@ -113,6 +114,15 @@ def take_rows(device: torch.device) -> None:
         moco_fast.take_rows(queue, torch.randint(len(queue), (len(keys),), device=device))
 
 
+def augment(device: torch.device) -> None:
+    """Views of several tiles, of none that is whole, and of one channel; with every step and with none."""
+    for channels, side, size, dtype in ((3, 45, 70, torch.bfloat16), (1, 28, 17, torch.float32)):
+        images = torch.randint(256, (3, channels, side, side + 3), dtype=torch.uint8, device=device)
+        config = AugmentConfig(image_size=size, jitter_p=0.7, gray_p=0.5, blur_p=0.7)
+        drawn = torch.Generator().manual_seed(0)
+        random_view(images, config, [0.5] * channels, [0.2] * channels, drawn, dtype=dtype)
+
+
 # By name in bench/ops.py: the calls, and the op whose backends they run on.
 CALLS = {
     "info_nce": (info_nce, "info_nce"),
@@ -124,6 +134,7 @@ CALLS = {
     "enqueue_": (enqueue_, "enqueue_"),
     "split_batch_norm": (split_batch_norm, "split_batch_norm"),
     "take_rows": (take_rows, "take_rows"),
+    "augment": (augment, "augment"),
 }
 
 

@@ -1,11 +1,14 @@
 // Everything Python can call. Tensors arrive as addresses: all checks of shape, dtype, device and contiguity
 // are made above, in moco_fast/checks.py. The GIL is released while a kernel runs.
+#include <algorithm>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "adamw.h"
+#include "augment.h"
 #include "contrast.h"
 #include "cpu_features.h"
 #include "dino.h"
@@ -189,6 +192,38 @@ void take_rows(Address rows, int64_t bytes, Address index, int64_t count, Addres
     mf::take_rows({at<char>(rows), bytes, at<int64_t>(index), count, at<char>(out), threads});
 }
 
+// (N, C, H, W), and the strides of the first three in bytes
+using PyImagesShape = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using PyImagesStrides = std::tuple<int64_t, int64_t, int64_t>;
+
+void augment(Address images, const PyImagesShape& shape, const PyImagesStrides& strides, Address parameters,
+             int64_t size, const std::vector<float>& mean, const std::vector<float>& std, int out_dtype,
+             bool channels_last, Address out, int threads) {
+    const auto [count, channels, height, width] = shape;
+    const auto [image_stride, channel_stride, row_stride] = strides;
+    mf::Augment args{at<uint8_t>(images),
+                     count,
+                     channels,
+                     height,
+                     width,
+                     image_stride,
+                     channel_stride,
+                     row_stride,
+                     at<float>(parameters),
+                     size,
+                     {},
+                     {},
+                     dtype(out_dtype),
+                     channels_last,
+                     at<void>(out),
+                     threads};
+    if (mean.size() > 3 || mean.size() != std.size() || int64_t(mean.size()) != channels)
+        throw std::invalid_argument("augment: one mean and one std per channel, of three at most");
+    std::copy(mean.begin(), mean.end(), args.mean);
+    std::copy(std.begin(), std.end(), args.std);
+    mf::augment(args);
+}
+
 // (parts, rows, channels, run) and the dtype of all but the statistics
 using PyPartsShape = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
@@ -327,6 +362,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), py::arg("stream"), Release(),
         "AdamW and EMA; rows are (param, grad, exp_avg, exp_avg_sq, key, step), step is (beta1, beta2, eps, "
         "\nweight_decay, maximize).");
+    m.def("augment", &augment, py::arg("images"), py::arg("shape"), py::arg("strides"), py::arg("parameters"),
+          py::arg("size"), py::arg("mean"), py::arg("std"), py::arg("dtype"), py::arg("channels_last"),
+          py::arg("out"), py::arg("threads"), Release(),
+          "A view (C, S, S) of every image of images (N, C, H, W) u8, by parameters (N, 16) f32.");
     m.def("take_rows", &take_rows, py::arg("rows"), py::arg("bytes"), py::arg("index"), py::arg("count"),
           py::arg("out"), py::arg("threads"), Release(),
           "out_i <- rows[index_i]; rows of so many bytes, index (count) int64.");

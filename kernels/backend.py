@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("info_nce", "nt_xent", "contrast", "dino", "ema_update_", "enqueue_", "take_rows", "split_batch_norm")
+HOLDS_ROWS = ("info_nce", "nt_xent", "contrast", "dino")  # ops whose kernels hold whole rows in registers
+OPS = (*HOLDS_ROWS, "ema_update_", "enqueue_", "take_rows", "split_batch_norm", "augment")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 512
-HOLDS_ROWS = ("info_nce", "nt_xent", "contrast", "dino")  # ops whose kernels hold whole rows in registers
 OLDEST = (8, 0)  # compute capability: bf16 and asynchronous copies
 
 
@@ -85,3 +85,4 @@ enqueue_ = _launcher("enqueue_", "enqueue")
 take_rows = _launcher("take_rows", "take_rows")
 split_batch_norm = _launcher("split_batch_norm", "split_batch_norm")
 split_batch_norm_backward = _launcher("split_batch_norm_backward", "split_batch_norm")
+augment = _launcher("augment", "augment")

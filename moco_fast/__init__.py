@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moco_fast.norm import SplitBatchNorm
     from moco_fast.ops import (
         InfoNCEStats,
+        augment,
         contrast,
         dino,
         ema_update_,
@@ -39,6 +40,7 @@ __all__ = [
     "MoCo_ViT",
     "SplitBatchNorm",
     "__version__",
+    "augment",
     "checks",
     "contrast",
     "dino",
@@ -63,6 +65,7 @@ _HOMES = {
     "MoCo_ResNet": "models.moco_v3",
     "MoCo_ViT": "models.moco_v3",
     "SplitBatchNorm": "norm",
+    "augment": "ops",
     "contrast": "ops",
     "dino": "ops",
     "ema_update_": "ops",

@@ -69,6 +69,25 @@ def count(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
+def numbers(name: str, values: object, count: int) -> tuple[float, ...]:
+    """Return ``values`` as so many finite floats, or raise."""
+    if not isinstance(values, Sequence) or any(
+        isinstance(v, bool) or not isinstance(v, Real) for v in values
+    ):
+        raise TypeError(f"{name} must be made of numbers, got {values!r}")
+    if len(values) != count or not all(math.isfinite(v) for v in values):
+        raise ValueError(f"{name} must have {count} finite value(s), got {values!r}")
+    return tuple(float(v) for v in values)
+
+
+def statistics(mean: object, std: object, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the standard deviation of every channel, the latter above 0, or raise."""
+    means, stds = numbers("mean", mean, channels), numbers("std", std, channels)
+    if min(stds) <= 0:
+        raise ValueError(f"std must be above 0, got {std!r}")
+    return means, stds
+
+
 def seed(value: object) -> int:
     """Return ``value`` if it is a seed that a torch.Generator takes and a signed integer holds, or raise."""
     result = count("seed", value, least=0)

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from wgmma import hazards
 
 from moco_fast.kernels import (
+    augment,
     dino,
     dino_kernels,
     ema_update,
@@ -317,6 +318,30 @@ def take(capability):
     return compiled(take_rows._take_rows, types, {"BLOCK": words}, warps, 3, capability)
 
 
+def views(channels, size, between, result, capability):
+    """``augment._augment`` of contiguous images, of a size that is a multiple of 16 or not."""
+    rows, columns, warps = augment.TILES["views"]
+    block = triton.next_power_of_2(size)
+    types = {"images": "*u8", "parameters": "*fp32", "first": f"*{between}", "second": f"*{between}"}
+    types |= {"out": f"*{result}"} | dict.fromkeys(("H", "W", "S", "most_radius"), "i32")
+    types |= dict.fromkeys(("image_stride", "channel_stride", "row_stride"), "i32")
+    types |= dict.fromkeys([f"{name}_{i}" for name in ("mean", "scale") for i in range(3)], "fp32")
+    constants = {
+        "column_stride": 1, "C": channels, "LAST": channels == 3,
+        "BLOCK_Y": min(rows, block), "BLOCK_X": min(columns, block),
+    }  # fmt: skip
+    multiples = ("H", "W", "S", "image_stride", "channel_stride", "row_stride") if size % 16 == 0 else ()
+    return compiled(augment._augment, types, constants, warps, 3, capability, multiples)
+
+
+def views_cases():
+    """Views of 224 pixels in bf16, of 30 in fp32, of one channel."""
+    for capability in (AMPERE, HOPPER):
+        yield f"bf16 sm_{capability}", partial(views, 3, 224, "fp16", "bf16", capability)
+        yield f"fp32 30 px sm_{capability}", partial(views, 3, 30, "fp32", "fp32", capability)
+        yield f"gray 28 px sm_{capability}", partial(views, 1, 28, "fp32", "fp32", capability)
+
+
 def batch_norm(name, layout, rows, capability):
     """A kernel of ``split_batch_norm`` for bf16 and fp32 weights; with one row, sizes of 1 are constants."""
     kernel = getattr(split_batch_norm, name)
@@ -352,6 +377,7 @@ CASES = {
     "enqueue": lambda: ((f"sm_{capability}", partial(write, capability)) for capability in (AMPERE, HOPPER)),
     "take_rows": lambda: ((f"sm_{capability}", partial(take, capability)) for capability in (AMPERE, HOPPER)),
     "split_batch_norm": split_batch_norm_cases,
+    "augment": views_cases,
 }
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def kernels():
 
 
 def test_nothing_spills(kernels):
-    assert len(kernels) >= 115
+    assert len(kernels) >= 121
     for name, kernel in kernels.items():
         if "wide highest" in name[1] or name[1] in SPILLS:
             continue
@@ -90,6 +90,14 @@ def test_ema_update_moves_16_bytes_at_a_time(kernels):
     for label in ("2 bytes", "4 bytes"):
         kernel = kernels["ema_update", label]
         assert kernel["wide_loads"] >= 2 * kernel["wide_stores"] >= 2, (label, kernel)
+
+
+def test_augment_reads_several_pixels_at_once(kernels):
+    """But for those of the image, of which a thread has four in each channel, at places of their own."""
+    found = {label: kernel for (op, label), kernel in kernels.items() if op == "augment"}
+    assert len(found) == 6
+    for label, kernel in found.items():
+        assert kernel["narrow_loads"] == 4 * (1 if "gray" in label else 3), (label, kernel)
 
 
 def test_split_batch_norm_moves_16_bytes_at_a_time(kernels):

@@ -1,334 +1,305 @@
-"""Two-crop augmentation: every operation against torchvision's, the crop's distribution, determinism."""
+"""augment: every backend, step by step against torchvision, as a whole against the reference in float64."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
+from conftest import with_threads
 
-from moco_fast.data import transforms
-from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view, random_view
-from moco_fast.train.presets import PRESETS
+import moco_fast
+from moco_fast import reference
+from moco_fast.ops.views import _augment
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
 
-IDENTITY = AugmentConfig(
-    image_size=28,
-    crop_scale=(1.0, 1.0),
-    crop_ratio=(1.0, 1.0),
-    flip_p=0.0,
-    jitter=(0.0, 0.0, 0.0, 0.0),
-    jitter_p=0.0,
-    gray_p=0.0,
-    blur_p=0.0,
-)
-MEAN = {1: (0.3,), 3: (0.5, 0.4, 0.3)}
-STD = {1: (0.2,), 3: (0.2, 0.3, 0.25)}
+OP = "augment"
+
+MEAN = {1: [0.3], 3: [0.5, 0.4, 0.3]}
+STD = {1: [0.2], 3: [0.2, 0.3, 0.25]}
+NAMES = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY = range(5)
+# C, H, W, S: one pixel, enlarged, reduced, views of several tiles and of no whole vector.
+SIZES = [
+    (3, 1, 1, 1),
+    (1, 1, 3, 4),
+    (3, 5, 7, 12),
+    (1, 28, 28, 28),
+    (3, 37, 23, 13),
+    (3, 40, 64, 50),
+    (3, 90, 70, 16),
+]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def random_images(n, channels, height, width=None):
+    return torch.randint(0, 256, (n, channels, height, width or height), dtype=torch.uint8)
 
 
-def random_images(n: int, channels: int, height: int, width: int | None = None) -> torch.Tensor:
-    shape = (n, channels, height, width or height)
-    return torch.randint(0, 256, shape, generator=seeded(), dtype=torch.uint8)
-
-
-def unit(images: torch.Tensor) -> torch.Tensor:
+def unit(images):
     return images.float() / 255
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
-    return tv.normalize(unit(images), MEAN[images.shape[1]], STD[images.shape[1]])
+def row(box=(0, 0, 1, 1), amounts=(1, 1, 1, 0, 1), order=range(5), sigma=0, threshold=2):
+    """A row of parameters; without arguments the view is the image."""
+    return [*box, *amounts, *order, sigma, threshold]
 
 
-def views(
-    config: AugmentConfig, images: torch.Tensor, seed: int = 0, **kwargs
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views on the scale [0, 1]: the normalisation is switched off."""
+def view(images, *rows, size=None, **options):
+    """Views by the rows, the last one for all further images; from 0 to 1 unless told otherwise."""
     channels = images.shape[1]
-    return TwoCrops(config, (0.0,) * channels, (1.0,) * channels)(images, seeded(seed), **kwargs)
+    rows = [*rows, *[rows[-1]] * (len(images) - len(rows))]
+    options = {"mean": [0.0] * channels, "std": [1.0] * channels} | options
+    return moco_fast.augment(
+        images, torch.tensor(rows, dtype=torch.float32), size or images.shape[3], **options
+    )
 
 
-def blend(x: torch.Tensor, factor: float, op: int) -> torch.Tensor:
-    n = len(x)
-    return transforms.blend_(x.clone(), torch.full((n, 1), factor), torch.full((n, 1), op))
+def random_parameters(n):
+    """Everything at once, and everything left out for some."""
+    u = torch.rand(n, 9)
+    width, height = 0.2 + 0.8 * u[:, 0], 0.2 + 0.8 * u[:, 1]
+    left, top = (1 - width) * u[:, 2], (1 - height) * u[:, 3]
+    mirrored = u[:, 4] < 0.5
+    box = torch.where(mirrored, left + width, left), top, torch.where(mirrored, -width, width), height
+    amounts = torch.rand(n, 5) * 1.6 + 0.2
+    amounts[:, HUE] = torch.rand(n) * 2 - 1
+    amounts[:, GRAY] = torch.rand(n).round()
+    kept = torch.rand(n, 5) < 0.2
+    amounts = torch.where(kept, torch.tensor(row()[4:9]).float(), amounts)
+    order = torch.rand(n, 5).argsort(1)
+    sigma = (u[:, 5] * 3 - 0.6).clamp(min=0)
+    threshold = torch.where(u[:, 6] < 0.5, 0.5, 2.0)
+    return torch.cat([torch.stack(box, 1), amounts, order, sigma[:, None], threshold[:, None]], 1)
+
+
+def exactly(images, parameters, size, mean, std):
+    """In float64."""
+    return reference.augment(images, parameters.double(), size, mean, std, torch.float64)
+
+
+def assert_as_exact_as_eager(
+    got, images, parameters, size, half_ulp=lambda dtype: torch.finfo(dtype).eps / 2
+):
+    """Twice the error of the formula in fp32, one rounding of the result and a little for sums."""
+    statistics = MEAN[images.shape[1]], STD[images.shape[1]]
+    want = exactly(images, parameters, size, *statistics)
+    eager = reference.augment(images, parameters, size, *statistics).to(got.dtype)
+    assert torch.isfinite(got).all()
+    # bf16 views lie between the passes of a GPU's kernel in fp16.
+    between = 2e-3 if got.dtype == torch.bfloat16 else 0
+    limit = 2 * (eager.double() - want).abs().max() + half_ulp(got.dtype) * want.abs().max() + 5e-6 + between
+    assert (got.double() - want).abs().max() <= limit
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "height", "width", "size"), SIZES)
+def test_against_float64(backend, half_ulp, channels, height, width, size, dtype, memory_format):
+    images, parameters = random_images(5, channels, height, width), random_parameters(5)
+    torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN
+    try:
+        got = moco_fast.augment(images, parameters, size, MEAN[channels], STD[channels], dtype, memory_format)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert got.shape == (5, channels, size, size) and got.dtype == dtype
+    assert got.is_contiguous(memory_format=memory_format)
+    assert_as_exact_as_eager(got, images, parameters, size, half_ulp)
+
+
+def test_large_views(isa):
+    """Of the usual size, from larger images."""
+    images, parameters = random_images(4, 3, 300, 256), random_parameters(4)
+    got = moco_fast.augment(images, parameters, 224, MEAN[3], STD[3])
+    assert_as_exact_as_eager(got, images, parameters, 224)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_identity_returns_the_normalised_image(channels):
-    images = random_images(5, channels, 28)
-    for view in TwoCrops(IDENTITY, MEAN[channels], STD[channels])(images, seeded()):
-        torch.testing.assert_close(view, normalised(images), rtol=0, atol=1e-6)
+def test_every_instruction_set(isa, channels):
+    for size in (1, 5, 16, 33):
+        images, parameters = random_images(40, channels, 31, 45), random_parameters(40)
+        for dtype in DTYPES:
+            got = moco_fast.augment(images, parameters, size, MEAN[channels], STD[channels], dtype)
+            assert_as_exact_as_eager(got, images, parameters, size)
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.7])
-@pytest.mark.parametrize("op, channels", [(0, 1), (0, 3), (1, 1), (1, 3), (2, 3)])
-def test_blends_match_torchvision(op, channels, factor):
-    name = ("adjust_brightness", "adjust_contrast", "adjust_saturation")[op]
-    x = unit(random_images(4, channels, 9, 12))
-    torch.testing.assert_close(blend(x, factor, op), getattr(tv, name)(x, factor), rtol=0, atol=2e-6)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_image_itself(backend, channels):
+    images = random_images(3, channels, 28)
+    got = view(images, row(), mean=MEAN[channels], std=STD[channels])
+    want = tv.normalize(unit(images), MEAN[channels], STD[channels])
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.03, 0.5])
-def test_hue_matches_torchvision(shift):
-    x = unit(random_images(4, 3, 16))
-    x[0] = x[0, :1]  # grey: no hue to turn
-    x[1, 1] = x[1, 0]  # ties between channels
-    ours = transforms.shift_hue(x, torch.full((4,), shift))
-    torch.testing.assert_close(ours, tv.adjust_hue(x, shift), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.7])
+@pytest.mark.parametrize(("op", "channels"), [(0, 1), (0, 3), (1, 1), (1, 3), (2, 3)])
+def test_blends_match_torchvision(backend, op, channels, factor):
+    images = random_images(4, channels, 12)
+    amounts = [1, 1, 1, 0, 1]
+    amounts[op] = factor
+    want = getattr(tv, NAMES[op])(unit(images), factor)
+    torch.testing.assert_close(view(images, row(amounts=amounts)), want, rtol=0, atol=2e-6)
 
 
-def test_grayscale_before_jitter():
-    """As in MoCo v1: what is grey has no colour to turn; else grey is as light as the colour turned to."""
-    images = torch.zeros(4, 3, 28, 28, dtype=torch.uint8)
-    images[:, 0] = 200  # red
-    config = dataclasses.replace(IDENTITY, gray_p=1.0, jitter=(0.0, 0.0, 0.0, 0.5), jitter_p=1.0)
-    after, _ = views(config, images)
-    before, _ = views(dataclasses.replace(config, gray_first=True), images)
-    torch.testing.assert_close(before, tv.rgb_to_grayscale(unit(images), 3), rtol=0, atol=1e-6)
-    assert after[:, 0].std() > 0.05
-    assert PRESETS["moco-v1"].config.augment.gray_first and not PRESETS["moco-v2"].config.augment.gray_first
+@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.03, 0.5])
+def test_hue_matches_torchvision(backend, shift):
+    images = random_images(4, 3, 16)
+    images[0] = images[0, :1]  # grey: no hue to turn
+    images[1, 1] = images[1, 0]  # ties between channels
+    images[2, 1] = images[2, 2]
+    got, want = view(images, row(amounts=(1, 1, 1, shift, 1))), tv.adjust_hue(unit(images), shift)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("size, taps", [(8, 3), (28, 3), (96, 11), (224, 23)])
-def test_blur_matches_torchvision(size, taps):
-    x = unit(random_images(3, 3, size))
-    sigma = torch.tensor([0.1, 0.7, 2.0])
-    ours = transforms.blur(x, sigma, torch.tensor([True, True, True]))
-    theirs = torch.stack([tv.gaussian_blur(image, taps, float(s)) for image, s in zip(x, sigma, strict=True)])
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
-    torch.testing.assert_close(transforms.blur(x, sigma, torch.zeros(3, dtype=torch.bool)), x, rtol=0, atol=0)
+def test_orders(backend):
+    """All of them, and grayscale wherever it is among them."""
+    images = random_images(1, 3, 8).expand(30, -1, -1, -1)
+    factors = (1.32, 0.76, 1.24, 0.04)
+    orders = [torch.randperm(5).tolist() for _ in images]
+    gray = [i % 3 == 0 for i in range(len(images))]
+    rows = [
+        row(amounts=(*factors, 0 if g else 1), order=order) for g, order in zip(gray, orders, strict=True)
+    ]
+    for got, g, order in zip(view(images, *rows), gray, orders, strict=True):
+        want = unit(images[0])
+        for op in order:
+            if op != GRAY:
+                want = getattr(tv, NAMES[op])(want, factors[op])
+            elif g:
+                want = tv.rgb_to_grayscale(want, 3)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-def test_grayscale_and_solarise_match_torchvision():
-    images = random_images(6, 3, 28)
-    view, _ = views(dataclasses.replace(IDENTITY, gray_p=1.0), images)
-    torch.testing.assert_close(view, tv.rgb_to_grayscale(unit(images), 3), rtol=0, atol=1e-6)
-    view, _ = views(dataclasses.replace(IDENTITY, solarize_p=1.0), images)
-    torch.testing.assert_close(view, tv.solarize(unit(images), 0.5), rtol=0, atol=1e-6)
+@pytest.mark.parametrize(("size", "taps"), [(8, 3), (28, 3), (50, 5), (96, 11)])
+def test_blur_matches_torchvision(backend, size, taps):
+    images = random_images(4, 3, size)
+    sigmas = (0.1, 0.7, 2.0, 0)
+    for image, got, sigma in zip(images, view(images, *(row(sigma=s) for s in sigmas)), sigmas, strict=True):
+        want = tv.gaussian_blur(unit(image), taps, sigma) if sigma else unit(image)
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+
+
+def test_grayscale_and_solarise_match_torchvision(backend):
+    images = random_images(4, 3, 28)
+    got = view(images, row(amounts=(1, 1, 1, 0, 0)))
+    torch.testing.assert_close(got, tv.rgb_to_grayscale(unit(images), 3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        view(images, row(threshold=0.5)), tv.solarize(unit(images), 0.5), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     "height, width, size", [(28, 28, 28), (40, 30, 17), (100, 64, 24), (7, 5, 12), (1, 1, 4)]
 )
-def test_resize_matches_torchvision_with_antialiasing(height, width, size):
-    x = unit(random_images(2, 3, height, width))
-    full, keep = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2), torch.tensor([False, True])
-    ours = transforms.resample(x, full, keep, size)
-    theirs = tv.resize(x, [size, size], antialias=True)
-    theirs[1] = theirs[1].flip(-1)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+def test_resize_matches_torchvision_with_antialiasing(backend, height, width, size):
+    images = random_images(2, 3, height, width)
+    got = view(images, row(), row(box=(1, 0, -1, 1)), size=size)
+    want = tv.resize(unit(images), [size, size], antialias=True)
+    want[1] = want[1].flip(-1)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 
 
-def test_whole_pixel_crop_is_the_slice():
-    x = unit(random_images(1, 1, 32))
-    box = torch.tensor([[4 / 32, 10 / 32, 16 / 32, 16 / 32]])
-    cut = transforms.resample(x, box, torch.tensor([False]), 16)
-    torch.testing.assert_close(cut, x[:, :, 10:26, 4:20], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("aspect", [0.5, 1.0, 1.5])
-def test_crops_have_the_requested_area_and_ratio_in_the_original_geometry(aspect):
-    n = 20000
-    u = torch.rand(n, transforms.CROP_DRAWS, generator=seeded())
-    box = transforms.draw_boxes(u, torch.full((n,), aspect), (0.2, 0.6), (3 / 4, 4 / 3))
-    left, top, width, height = box.unbind(1)
-    area, ratio = width * height, aspect * width / height
-    assert area.min() >= 0.2 - 1e-4 and area.max() <= 0.6 + 1e-4
-    assert ratio.min() >= 3 / 4 - 1e-4 and ratio.max() <= 4 / 3 + 1e-4
-    assert min(left.min(), top.min()) >= 0
-    assert max((left + width).max(), (top + height).max()) <= 1 + 1e-6
-    if aspect == 1.0:  # every try fits: the distributions are the drawn ones
-        assert abs(area.mean() - 0.4) < 0.005
-        assert abs(ratio.log().mean()) < 0.005
-        assert abs((left / (1 - width)).mean() - 0.5) < 0.01
-
-
-@pytest.mark.parametrize("aspect, expected", [(4.0, (1 / 3, 1.0)), (0.25, (1.0, 1 / 3)), (1.2, (1.0, 1.0))])
-def test_a_crop_that_never_fits_is_the_central_one(aspect, expected):
-    u = torch.rand(50, transforms.CROP_DRAWS, generator=seeded())
-    u[:, transforms.CROP_TRIES : 2 * transforms.CROP_TRIES] *= 0.01  # only narrow tries, which never fit
-    boxes = transforms.draw_boxes(u, torch.full((50,), aspect), (1.0, 1.0), (3 / 4, 4 / 3))
-    left, top, width, height = boxes.unbind(1)
-    torch.testing.assert_close(width, torch.full((50,), expected[0]))
-    torch.testing.assert_close(height, torch.full((50,), expected[1]))
-    torch.testing.assert_close(left, (1 - width) / 2)
-    torch.testing.assert_close(top, (1 - height) / 2)
-
-
-def test_center_view_is_the_central_square_of_the_original():
-    images = random_images(2, 3, 20, 40)
-    ours = center_view(images, 20, MEAN[3], STD[3])
-    torch.testing.assert_close(ours, normalised(images[..., 10:30]), rtol=0, atol=1e-5)
-    squashed = center_view(images[..., :20], 20, MEAN[3], STD[3], aspect=torch.tensor([1.0, 2.0]))
-    torch.testing.assert_close(squashed[0], normalised(images[..., :20])[0], rtol=0, atol=1e-5)
-    wide = tv.resize(unit(images[1:, :, :, 5:15]), [20, 20], antialias=True)[..., 1:-1]
-    wide = tv.normalize(wide, MEAN[3], STD[3])  # but for the border, which sees beyond the crop
-    torch.testing.assert_close(squashed[1:, ..., 1:-1], wide, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_generator_state_determines_the_views(channels):
-    config = AugmentConfig(image_size=28, solarize_p=0.2)
-    images = random_images(16, channels, 28)
-    crops, generator = TwoCrops(config, MEAN[channels], STD[channels]), seeded(3)
-    state = generator.get_state()
-    first = crops(images, generator)
-    after = generator.get_state()
-    second = crops(images, generator)
-    generator.set_state(state)
-    again = crops(images, generator)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], second[0]) and not torch.equal(first[0], first[1])
-    # The same number of draws whatever the configuration.
-    generator.set_state(state)
-    TwoCrops(IDENTITY, MEAN[channels], STD[channels])(images, generator)
-    assert torch.equal(generator.get_state(), after)
+def test_whole_pixel_crop_is_the_slice(backend):
+    images = random_images(1, 1, 32)
+    got = view(images, row(box=(4 / 32, 10 / 32, 16 / 32, 16 / 32)), size=16)
+    torch.testing.assert_close(got, unit(images)[:, :, 10:26, 4:20], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "active",
+    "strided",
     [
-        {"crop_scale": (0.2, 1.0)},
-        {"jitter": (0.4, 0.0, 0.0, 0.0), "jitter_p": 1.0},
-        {"jitter": (0.0, 0.4, 0.0, 0.0), "jitter_p": 1.0},
-        {"jitter": (0.0, 0.0, 0.4, 0.0), "jitter_p": 1.0},
-        {"jitter": (0.0, 0.0, 0.0, 0.4), "jitter_p": 1.0},
-        {"blur_p": 1.0},
+        lambda images: images.contiguous(memory_format=torch.channels_last),
+        lambda images: images[:, :1].expand(-1, 3, -1, -1),
+        lambda images: images.transpose(2, 3),
+        lambda images: images[:, :, 3:20, 5:],
+        lambda images: images[:, :, ::2, ::3],
+        lambda images: images[::2].flip(1),
     ],
 )
-def test_every_sample_has_its_own_parameters(active):
-    images = random_images(1, 3, 28).expand(6, -1, -1, -1)
-    for view in views(dataclasses.replace(IDENTITY, **active), images):
-        distances = torch.cdist(view.flatten(1), view.flatten(1))
-        assert (distances + torch.eye(6) > 1e-3).all()
+def test_strides(backend, strided):
+    images = strided(random_images(6, 3, 24, 30))
+    parameters = random_parameters(len(images))
+    got = moco_fast.augment(images, parameters, 11, MEAN[3], STD[3])
+    want = moco_fast.augment(images.contiguous(), parameters, 11, MEAN[3], STD[3])
+    assert torch.equal(got, want)
+    gaps = torch.stack([parameters, torch.full_like(parameters, math.nan)], 2)[..., 0]
+    assert torch.equal(moco_fast.augment(images, gaps, 11, MEAN[3], STD[3]), want)
 
 
-@pytest.mark.parametrize("field", ["flip_p", "gray_p", "blur_p", "solarize_p", "jitter_p"])
-def test_probabilities_are_frequencies(field):
-    active = {field: 0.3, "jitter": (0.4, 0.4, 0.4, 0.1)}
-    n = 4000
-    images = random_images(1, 3, 28).expand(n, -1, -1, -1)
-    view, _ = views(dataclasses.replace(IDENTITY, **active, blur_sigma=(1.0, 2.0)), images)
-    changed = ((view - unit(images)).abs().amax((1, 2, 3)) > 1e-4).float().mean()
-    assert abs(changed - 0.3) < 4 * math.sqrt(0.3 * 0.7 / n)
+def test_bits_do_not_depend_on_threads_batch_or_run(backend):
+    images, parameters = random_images(9, 3, 26, 31), random_parameters(9)
+    arguments = 20, MEAN[3], STD[3]
+    (whole,) = with_threads(lambda: (moco_fast.augment(images, parameters, *arguments),))
+    alone = [moco_fast.augment(images[i : i + 1], parameters[i : i + 1], *arguments) for i in range(9)]
+    if backend == "reference":  # whose matrix products are not the same for one
+        torch.testing.assert_close(torch.cat(alone), whole, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(torch.cat(alone), whole)
 
 
-def test_jitter_takes_every_order_and_stays_in_range():
-    image, n = random_images(1, 3, 8), 192
-    u = torch.rand(n, transforms.JITTER_DRAWS, generator=seeded())
-    u[:, 1:5] = torch.tensor([0.9, 0.2, 0.8, 0.7])  # the same factors: only the order differs
-    view = transforms.jitter(unit(image).repeat(n, 1, 1, 1), u, (0.4, 0.4, 0.4, 0.1), 1.0)
-    assert view.min() >= 0 and view.max() <= 1
-    factors = (1.32, 0.76, 1.24, 0.04)
-    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
-    order = u[:, 5:8].argsort(1)
-    places = transforms.hue_places(u[:, 8])
-    seen = set()
-    for row, (blends, place) in enumerate(zip(order.tolist(), places.tolist(), strict=True)):
-        ops = [*blends[:place], 3, *blends[place:]]
-        seen.add(tuple(ops))
-        expected = unit(image)[0]
-        for op in ops:
-            expected = getattr(tv, names[op])(expected, factors[op])
-        torch.testing.assert_close(view[row], expected, rtol=0, atol=1e-5)
-    assert len(seen) == 24
+def test_float64(backend):
+    """The reference serves it, unless another backend was asked for."""
+    images, parameters = random_images(2, 3, 9), random_parameters(2)
+    if backend == "reference":
+        got = moco_fast.augment(images, parameters, 7, MEAN[3], STD[3], torch.float64)
+        assert torch.equal(got, exactly(images, parameters, 7, MEAN[3], STD[3]))
+    else:
+        with pytest.raises(RuntimeError, match=r"no torch\.float64 kernel"):
+            moco_fast.augment(images, parameters, 7, MEAN[3], STD[3], torch.float64)
 
 
-def test_places_of_the_hue_are_uniform_and_every_four_in_a_row_hold_each():
-    u = torch.rand(20_003, generator=seeded())
-    places = transforms.hue_places(u)
-    assert torch.equal(places[:20_000].view(-1, 4).sort(1).values, torch.arange(4).expand(5000, -1))
-    for column in places[:20_000].view(-1, 4).t():
-        assert (column.bincount() / 5000 - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / 5000)
-    alone = torch.cat([transforms.hue_places(x) for x in u[:4000].split(1)])  # batches of one image
-    assert (alone.bincount() / 4000 - 0.25).abs().max() < 4 * math.sqrt(0.25 * 0.75 / 4000)
-    assert transforms.hue_places(torch.tensor([1 - 2**-24])).tolist() == [3]
+def test_opcheck_and_compile(backend):
+    images, parameters = random_images(2, 3, 9), random_parameters(2)
+    torch.library.opcheck(_augment, (images, parameters, 7, MEAN[3], STD[3], torch.bfloat16, True))
+    arguments = images, parameters, 7, MEAN[3], STD[3], torch.bfloat16, torch.channels_last
+    got = torch.compile(moco_fast.augment, fullgraph=True)(*arguments)
+    assert torch.equal(got, moco_fast.augment(*arguments))
+    assert got.is_contiguous(memory_format=torch.channels_last) and not got.requires_grad
 
 
-@pytest.mark.parametrize(("images", "parts"), [(16, 2), (16, 4), (18, 3), (15, 5), (14, 2), (14, 7), (6, 6)])
-def test_parts_of_a_batch_get_the_views_of_the_whole(images, parts):
-    """With hue jitter, also where parts are no multiple of the four images that share out its places."""
-    pixels = random_images(images, 3, 20)
-    config = AugmentConfig(image_size=12, jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, gray_p=0.0)
-    whole = views(config, pixels)
-    each = [views(config, x, part=(i, parts)) for i, x in enumerate(pixels.chunk(parts))]
-    for want, got in zip(whole, zip(*each, strict=True), strict=True):
-        torch.testing.assert_close(torch.cat(got), want, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    "n, height, width, size", [(1, 1, 1, 1), (2, 2, 3, 5), (5, 37, 23, 13), (3, 64, 64, 2)]
-)
-def test_any_size_gives_finite_views(n, height, width, size, channels):
-    images = random_images(n, channels, height, width)
-    config = AugmentConfig(image_size=size, blur_p=1.0, jitter_p=1.0, solarize_p=0.5)
-    aspect = torch.linspace(0.3, 3.0, n)
-    for view in views(config, images, aspect=aspect):
-        assert view.shape == (n, channels, size, size) and view.dtype == torch.float32
-        assert torch.isfinite(view).all()
-        assert view.min() >= -1e-6 and view.max() <= 1 + 1e-6
-
-
-def test_the_two_views_may_have_distributions_of_their_own():
-    images = random_images(4, 3, 28)
-    crops = TwoCrops(IDENTITY, MEAN[3], STD[3], key_config=dataclasses.replace(IDENTITY, flip_p=1.0))
-    query, key = crops(images, seeded())
-    torch.testing.assert_close(query.flip(-1), key, rtol=0, atol=1e-6)
+@pytest.mark.gpu
+def test_in_a_cuda_graph():
+    with torch.device("cuda"), moco_fast.use_backend("triton"):
+        images, parameters = random_images(4, 3, 40), random_parameters(4)
+        arguments = 32, MEAN[3], STD[3], torch.bfloat16, torch.channels_last
+        moco_fast.augment(images, parameters, *arguments)  # compiled before anything is captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = moco_fast.augment(images, parameters, *arguments)
+        images.copy_(random_images(4, 3, 40))
+        parameters.copy_(random_parameters(4))
+        graph.replay()
+        assert torch.equal(got, moco_fast.augment(images, parameters, *arguments))
 
 
 @pytest.mark.parametrize(
-    "field, value, error",
+    ("changes", "error", "message"),
     [
-        ("image_size", 0, ValueError),
-        ("image_size", 28.0, TypeError),
-        ("crop_scale", (0.0, 1.0), ValueError),
-        ("crop_scale", (0.5, 1.5), ValueError),
-        ("crop_scale", (0.5, 0.2), ValueError),
-        ("crop_scale", (0.5,), ValueError),
-        ("crop_scale", 0.5, TypeError),
-        ("crop_ratio", (-1.0, 1.0), ValueError),
-        ("crop_ratio", (4 / 3, 3 / 4), ValueError),
-        ("flip_p", 1.1, ValueError),
-        ("jitter", (0.4, 0.4, 0.4, 0.6), ValueError),
-        ("jitter", (-0.1, 0.4, 0.4, 0.1), ValueError),
-        ("jitter", (0.4, 0.4, 0.4), ValueError),
-        ("jitter_p", -0.1, ValueError),
-        ("gray_p", float("nan"), ValueError),
-        ("blur_p", "0.5", TypeError),
-        ("blur_sigma", (0.0, 1.0), ValueError),
-        ("solarize_p", 2.0, ValueError),
+        ({"images": torch.zeros(2, 3, 4, 4)}, TypeError, "images must be a uint8 tensor, got torch.float32"),
+        ({"images": [1]}, TypeError, "images must be a uint8 tensor, got <class 'list'>"),
+        ({"images": torch.zeros(2, 2, 4, 4).byte()}, ValueError, r"images must be \(N, C, H, W\), C 1 or 3"),
+        ({"images": torch.zeros(0, 3, 4, 4).byte()}, ValueError, "images must be .* not empty"),
+        ({"parameters": torch.zeros(2, 16).half()}, TypeError, "parameters must be torch.float32 or"),
+        ({"parameters": torch.zeros(2, 15)}, ValueError, r"parameters must have shape \(2, 16\).*\(2, 15\)"),
+        ({"parameters": torch.zeros(2, 16)}, ValueError, r"permutation of 0 to 4 .* got \[0.0, .* in row 0"),
+        ({"parameters": torch.full((2, 16), math.nan)}, ValueError, "parameters must be finite"),
+        ({"parameters": torch.zeros(2, 16, device="meta")}, ValueError, "parameters is on meta, but images"),
+        ({"size": 0}, ValueError, "size must be at least 1, got 0"),
+        ({"size": 2.0}, TypeError, "size must be an integer, got float 2.0"),
+        ({"mean": [0.0]}, ValueError, r"mean must have 3 finite value\(s\), got \[0.0\]"),
+        ({"mean": ["a"] * 3}, TypeError, "mean must be made of numbers"),
+        ({"std": [1.0, 0.0, 1.0]}, ValueError, "std must be above 0"),
+        ({"std": [1.0, math.inf, 1.0]}, ValueError, "std must have 3 finite"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be torch.float32, .* got torch.int32"),
+        (
+            {"memory_format": torch.preserve_format},
+            TypeError,
+            "memory_format must be torch.contiguous_format",
+        ),
     ],
 )
-def test_config_names_the_offending_field(field, value, error):
-    with pytest.raises(error, match=field):
-        AugmentConfig(**{field: value})
-
-
-def test_call_errors():
-    crops = TwoCrops(IDENTITY, MEAN[3], STD[3])
-    with pytest.raises(TypeError, match="images"):
-        crops(torch.rand(2, 3, 8, 8), seeded())
-    with pytest.raises(ValueError, match="images"):
-        crops(random_images(2, 1, 8), seeded())
-    with pytest.raises(ValueError, match="aspect"):
-        crops(random_images(2, 3, 8), seeded(), aspect=torch.ones(3))
-    with pytest.raises(ValueError, match="std"):
-        TwoCrops(IDENTITY, MEAN[3], (0.2, 0.0, 0.2))
-    with pytest.raises(ValueError, match="size"):
-        center_view(random_images(2, 3, 8), 0, MEAN[3], STD[3])
-
-
-def test_random_view_is_a_view_of_two_crops():
-    images = torch.randint(256, (6, 3, 12, 10), dtype=torch.uint8)
-    config, mean, std = AugmentConfig(image_size=7), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    first, _ = TwoCrops(config, mean, std)(images, torch.Generator().manual_seed(4))
-    assert torch.equal(random_view(images, config, mean, std, torch.Generator().manual_seed(4)), first)
-    half = random_view(images[3:], config, mean, std, torch.Generator().manual_seed(4), part=(1, 2))
-    assert half.shape == (3, 3, 7, 7)
-    torch.testing.assert_close(
-        half, random_view(images, config, mean, std, torch.Generator().manual_seed(4))[3:]
-    )
+def test_bad_arguments(changes, error, message):
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    good = {"images": images, "parameters": torch.tensor([row()] * 2).float(), "size": 4}
+    with pytest.raises(error, match=message):
+        moco_fast.augment(**(good | {"mean": [0.0] * 3, "std": [1.0] * 3} | changes))

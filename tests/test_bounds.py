@@ -16,7 +16,7 @@ CPU_OPTIONS = (
 )  # fmt: skip
 CPU_OPS = (
     "info_nce", "contrast", "nt_xent", "dino_op", "split_batch_norm", "enqueue", "take_rows", "ema_update",
-    "optim",
+    "optim", "augment",
 )  # fmt: skip
 
 

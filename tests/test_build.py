@@ -16,7 +16,7 @@ from moco_fast import native
 
 ROOT = emulated.CSRC.parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-OPS = "info_nce", "contrast", "split_batch_norm", "take_rows", "ema_update", "optim"
+OPS = "info_nce", "contrast", "split_batch_norm", "take_rows", "ema_update", "optim", "augment"
 pytestmark = [
     pytest.mark.skipif(not emulated.CSRC.exists(), reason="an installed wheel has no sources"),
     pytest.mark.skipif(not importlib.util.find_spec("setuptools"), reason="setuptools is not installed"),

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from bench import tiles
 
-KERNELS = ["dino", "ema_update", "enqueue", "info_nce", "pairs", "split_batch_norm", "take_rows"]
+KERNELS = ["augment", "dino", "ema_update", "enqueue", "info_nce", "pairs", "split_batch_norm", "take_rows"]
 
 
 def test_kernels_that_can_be_tuned():

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 from moco_fast.exports import imported_when_used
 
 if TYPE_CHECKING:
-    from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view, random_view
+    from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view, draw_parameters, random_view
     from moco_fast.data.datasets import load_dataset
 
-__all__ = ["AugmentConfig", "TwoCrops", "center_view", "load_dataset", "random_view"]
+__all__ = ["AugmentConfig", "TwoCrops", "center_view", "draw_parameters", "load_dataset", "random_view"]
 
 _HOMES = {
     "AugmentConfig": "augment",
     "TwoCrops": "augment",
     "center_view": "augment",
+    "draw_parameters": "augment",
     "load_dataset": "datasets",
     "random_view": "augment",
 }

@@ -1,38 +1,27 @@
-"""Two-crop augmentation of a whole batch: uint8 images in, two normalised float views out.
+"""Two-crop augmentation of a whole batch: uint8 images in, two normalised views out.
 
 Random resized crop with flip, colour jitter in random order, grayscale, Gaussian blur, solarise,
-normalise: MoCo v2's sequence, with parameters per sample, on the device the batch is on. Nothing is
-read back to the host, no shape depends on drawn values, and every call draws the same number of
-random values, so a generator's state reproduces a batch bit for bit.
+normalise: MoCo v2's sequence. Parameters are drawn here, per sample; :func:`moco_fast.augment` makes
+the views of them, on the device the batch is on. Every call draws the same number of random values, so a
+generator's state reproduces a batch bit for bit.
 
-Tests: tests/test_augment.py, against ``torchvision.transforms.v2.functional``.
+Tests: tests/test_two_crops.py, against ``torchvision.transforms.v2.functional``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moco_fast import checks
-from moco_fast.data.transforms import (
-    CROP_DRAWS,
-    JITTER_DRAWS,
-    blur,
-    central_box,
-    draw_boxes,
-    hue_places,
-    jitter,
-    luma,
-    per_image,
-    resample,
-)
+from moco_fast import checks, ops
+from moco_fast.data.draws import CROP_DRAWS, JITTER_DRAWS, central_box, draw_boxes, draw_jitter
 
 # Uniform draws per sample and view: crop, flip, jitter, grayscale, whether to blur, sigma, solarise.
 _DRAWS = (CROP_DRAWS, 1, JITTER_DRAWS, 1, 1, 1, 1)
+NO_THRESHOLD = 2.0  # of solarising: above all pixels
 
 
 @dataclass(frozen=True)
@@ -73,18 +62,18 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         checks.count("image_size", self.image_size)
-        low, high = _floats("crop_scale", self.crop_scale, 2)
+        low, high = checks.numbers("crop_scale", self.crop_scale, 2)
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < min <= max <= 1, got {self.crop_scale}")
         for name in ("crop_ratio", "blur_sigma"):
-            low, high = _floats(name, getattr(self, name), 2)
+            low, high = checks.numbers(name, getattr(self, name), 2)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must satisfy 0 < min <= max, got {getattr(self, name)}")
-        jitter = _floats("jitter", self.jitter, 4)
+        jitter = checks.numbers("jitter", self.jitter, 4)
         if min(jitter) < 0 or jitter[3] > 0.5:
             raise ValueError(f"jitter must hold four values >= 0, the last (hue) <= 0.5, got {self.jitter}")
         for name in ("flip_p", "jitter_p", "gray_p", "blur_p", "solarize_p"):
-            (p,) = _floats(name, (getattr(self, name),), 1)
+            (p,) = checks.numbers(name, (getattr(self, name),), 1)
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {p}")
 
@@ -97,6 +86,8 @@ class TwoCrops:
         mean: mean per channel on the scale [0, 1], subtracted last.
         std: standard deviation per channel on the same scale, divided by last.
         key_config: distribution of the key's view (MoCo v3 draws its two views differently).
+        dtype: of the views: float32, bfloat16, float16 or float64.
+        memory_format: of the views, ``torch.contiguous_format`` or ``torch.channels_last``.
     """
 
     def __init__(
@@ -105,36 +96,41 @@ class TwoCrops:
         mean: Sequence[float],
         std: Sequence[float],
         key_config: AugmentConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.configs = (config, key_config or config)
         self.mean, self.std = _statistics(mean, std)
+        self.dtype, self.memory_format = dtype, memory_format
 
     def __call__(
         self,
         images: Tensor,  # (N, C, H, W) uint8, C is 1 or 3
-        generator: torch.Generator,  # on the device of images
+        generator: torch.Generator,
         aspect: Tensor | None = None,  # (N,) width / height of the originals
         part: tuple[int, int] = (0, 1),
     ) -> tuple[Tensor, Tensor]:
-        """Return ``(view_q, view_k)``, each (N, C, S, S) float32 and normalised.
+        """Return ``(view_q, view_k)``, each (N, C, S, S) and normalised.
 
         Args:
             images: the batch, on any device.
-            generator: source of all randomness; its state determines the views.
+            generator: source of all randomness; its state determines the views. On a GPU what is drawn with a
+                generator of the CPU travels there in one copy, with one of the GPU in many small launches.
             aspect: width / height of the original images where ``images`` were squashed to a common
                 canvas: crops are then drawn in the geometry of the originals. Default: W / H.
             part: ``images`` are this part of a batch of so many parts of N. Values are drawn for all of
-                it, so generators of one seed on several ranks stay in step, and give the views of one rank to
-                rounding, however many images a part has.
+                it, so generators of one seed on several ranks stay in step, and give the views of one rank.
 
         Raises:
             TypeError, ValueError: ``images`` or ``aspect`` are not as described.
         """
-        _check_images(images, self.mean)
-        aspect = _aspect(images, aspect)
-        unit = _unit(images)
-        query, key = (_view(unit, config, generator, aspect, part) for config in self.configs)
-        return _normalize_(query, self.mean, self.std), _normalize_(key, self.mean, self.std)
+        query, key = (
+            random_view(
+                images, config, self.mean, self.std, generator, aspect, part, self.dtype, self.memory_format
+            )
+            for config in self.configs
+        )
+        return query, key
 
 
 def random_view(
@@ -142,15 +138,45 @@ def random_view(
     config: AugmentConfig,
     mean: Sequence[float],  # per channel
     std: Sequence[float],  # per channel
-    generator: torch.Generator,  # on the device of images
+    generator: torch.Generator,
     aspect: Tensor | None = None,  # (N,) width / height of the originals
     part: tuple[int, int] = (0, 1),
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """One random view of every image, (N, C, S, S) float32 and normalised; args as for :class:`TwoCrops`."""
+    """One random view of every image, (N, C, S, S) and normalised; args as for :class:`TwoCrops`."""
     mean, std = _statistics(mean, std)
     _check_images(images, mean)
-    view = _view(_unit(images), config, generator, _aspect(images, aspect), part)
-    return _normalize_(view, mean, std)
+    parameters = draw_parameters(config, _aspect(images, aspect, generator.device), generator, part)
+    parameters = _on(images.device, parameters)
+    return ops.augment(images, parameters, config.image_size, mean, std, dtype, memory_format)
+
+
+def draw_parameters(
+    config: AugmentConfig,
+    aspect: Tensor,  # (N,) width / height of the images, on the generator's device
+    generator: torch.Generator,
+    part: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """What :func:`moco_fast.augment` takes for a view of N images, (N, 16); args as for :class:`TwoCrops`."""
+    index, parts = part
+    count = len(aspect)
+    u = torch.rand(parts * count, sum(_DRAWS), generator=generator, device=generator.device)
+    own = u[index * count : (index + 1) * count].split(_DRAWS, dim=1)
+    u_crop, u_flip, u_jitter, u_gray, u_blur, u_sigma, u_solarize = own
+    boxes = draw_boxes(u_crop, aspect, config.crop_scale, config.crop_ratio)
+    left, top, width, height = boxes.split(1, dim=1)
+    flip = u_flip < config.flip_p
+    # Mirroring is reading from the right edge leftwards.
+    box = torch.where(flip, left + width, left), top, torch.where(flip, -width, width), height
+    amounts, order = draw_jitter(u_jitter, config.jitter, config.jitter_p)
+    gray = torch.where(u_gray < config.gray_p, 0.0, 1.0)
+    last = torch.full_like(gray, 4)
+    order = torch.cat((last, order) if config.gray_first else (order, last), dim=1)
+    low, high = config.blur_sigma
+    sigma = torch.where(u_blur < config.blur_p, low + (high - low) * u_sigma, 0.0)
+    threshold = torch.where(u_solarize < config.solarize_p, 0.5, NO_THRESHOLD)
+    return torch.cat((*box, amounts, gray, order, sigma, threshold), dim=1)
 
 
 def center_view(
@@ -161,89 +187,37 @@ def center_view(
     aspect: Tensor | None = None,  # (N,) width / height of the originals
     crop: float = 1.0,
 ) -> Tensor:
-    """The evaluation view: a central square of the original image, (N, C, size, size).
+    """The evaluation view: a central square of the original image, (N, C, size, size) float32.
 
     Args as for :class:`TwoCrops`; nothing is random. ``crop``, in (0, 1], is the side of the square over the
     shorter side of the image: 0.875 for torchvision's ``Resize(256)`` and ``CenterCrop(224)``.
     """
     checks.count("size", size)
-    (crop,) = _floats("crop", (crop,), 1)
+    (crop,) = checks.numbers("crop", (crop,), 1)
     if not 0 < crop <= 1:
         raise ValueError(f"crop must be in (0, 1], got {crop}")
     mean, std = _statistics(mean, std)
     _check_images(images, mean)
-    aspect = _aspect(images, aspect)
+    aspect = _aspect(images, aspect, torch.device("cpu") if aspect is None else aspect.device)
     left, top, width, height = central_box(aspect, 1.0, 1.0).unbind(1)
     margin = (1 - crop) / 2
     box = torch.stack((left + margin * width, top + margin * height, crop * width, crop * height), dim=1)
-    keep = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    return _normalize_(resample(_unit(images), box, keep, size), mean, std)
+    untouched = torch.tensor([1.0, 1, 1, 0, 1, 0, 1, 2, 3, 4, 0, NO_THRESHOLD], device=box.device)
+    parameters = torch.cat((box, untouched.expand(len(box), -1)), dim=1)
+    return ops.augment(images, _on(images.device, parameters), size, mean, std)
 
 
-def _unit(images: Tensor) -> Tensor:
-    """Pixels from 0 to 1, in one new tensor."""
-    return images.to(torch.float32, copy=True).div_(255)
-
-
-def _view(
-    unit: Tensor,  # (N, C, H, W) in [0, 1]
-    config: AugmentConfig,
-    generator: torch.Generator,
-    aspect: Tensor,  # (N,)
-    part: tuple[int, int],
-) -> Tensor:  # (N, C, S, S) in [0, 1]
-    index, parts = part
-    first = index * len(unit)
-    every = torch.rand(parts * len(unit), sum(_DRAWS), generator=generator, device=unit.device)
-    draws = every[first : first + len(unit)]
-    u_crop, u_flip, u_jitter, u_gray, u_blur, u_sigma, u_solarize = draws.split(_DRAWS, dim=1)
-    boxes = draw_boxes(u_crop, aspect, config.crop_scale, config.crop_ratio)
-    view = resample(unit, boxes, u_flip[:, 0] < config.flip_p, config.image_size)
-    # What the configuration never does is skipped; what it draws is not, so the draws stay aligned.
-    if config.gray_first:
-        view = _gray(view, u_gray, config)
-    if config.jitter_p > 0 and max(config.jitter) > 0:
-        places = hue_places(every.split(_DRAWS, dim=1)[2][:, -1])[first : first + len(unit)]
-        view = jitter(view, u_jitter, config.jitter, config.jitter_p, places, first)
-    if not config.gray_first:
-        view = _gray(view, u_gray, config)
-    if config.blur_p > 0:
-        low, high = config.blur_sigma
-        view = blur(view, (low + (high - low) * u_sigma)[:, 0], u_blur[:, 0] < config.blur_p)
-    if config.solarize_p > 0:
-        chosen = per_image(u_solarize < config.solarize_p) & (view >= 0.5)
-        view = torch.where(chosen, 1 - view, view)
-    return view
-
-
-def _gray(view: Tensor, u: Tensor, config: AugmentConfig) -> Tensor:
-    if config.gray_p == 0 or view.shape[1] == 1:
-        return view
-    return torch.where(per_image(u < config.gray_p), luma(view), view)
-
-
-def _normalize_(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    # Python scalars: a tensor of statistics would be copied to the device on every call.
-    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
-        x[:, channel].sub_(m).div_(s)
-    return x
-
-
-def _floats(name: str, values: Sequence[float], count: int) -> tuple[float, ...]:
-    if not isinstance(values, Sequence) or any(
-        isinstance(v, bool) or not isinstance(v, (int, float)) for v in values
-    ):
-        raise TypeError(f"{name} must be made of numbers, got {values!r}")
-    if len(values) != count or not all(math.isfinite(v) for v in values):
-        raise ValueError(f"{name} must have {count} finite value(s), got {values!r}")
-    return tuple(float(v) for v in values)
+def _on(device: torch.device, parameters: Tensor) -> Tensor:
+    """On a device, without waiting for it."""
+    if device.type == "cuda" and parameters.device.type == "cpu":
+        parameters = parameters.pin_memory()
+    return parameters.to(device, non_blocking=True)
 
 
 def _statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    mean, std = _floats("mean", mean, len(mean)), _floats("std", std, len(mean))
-    if len(mean) not in (1, 3) or min(std) <= 0:
-        raise ValueError(f"mean and std must have 1 or 3 values, std positive, got {mean} and {std}")
-    return mean, std
+    if len(mean) not in (1, 3):
+        raise ValueError(f"mean must have 1 or 3 values, got {mean}")
+    return checks.statistics(mean, std, len(mean))
 
 
 def _check_images(images: Tensor, mean: Sequence[float]) -> None:
@@ -253,12 +227,12 @@ def _check_images(images: Tensor, mean: Sequence[float]) -> None:
         raise ValueError(f"images must be (N, {len(mean)}, H, W) and not empty, got {tuple(images.shape)}")
 
 
-def _aspect(images: Tensor, aspect: Tensor | None) -> Tensor:
+def _aspect(images: Tensor, aspect: Tensor | None, device: torch.device) -> Tensor:
     if aspect is None:
-        return torch.full((len(images),), images.shape[3] / images.shape[2], device=images.device)
+        return torch.full((len(images),), images.shape[3] / images.shape[2], device=device)
     if aspect.shape != (len(images),) or not aspect.is_floating_point():
         raise ValueError(
             f"aspect must be a floating-point tensor of shape ({len(images)},), "
             f"got {aspect.dtype} {tuple(aspect.shape)}"
         )
-    return aspect.to(images.device, torch.float32)
+    return aspect.to(device, torch.float32)

@@ -82,10 +82,9 @@ class View:
         size, pin = min(EVALUATION_BATCH, len(images)), self.device.type == "cuda"
         loader = BatchLoader(images, size, seed=0, workers=self.workers, pin_memory=pin)
         for batch in loader.in_order(rows):
-            aspect = None if batch.aspect is None else batch.aspect.to(self.device, non_blocking=True)
             pixels = batch.images.to(self.device, non_blocking=True).expand(-1, len(self.mean), -1, -1)
-            crop = self._crop(aspect is not None)
-            yield center_view(pixels, self.size, self.mean, self.std, aspect, crop), batch.indices
+            crop = self._crop(batch.aspect is not None)
+            yield center_view(pixels, self.size, self.mean, self.std, batch.aspect, crop), batch.indices
 
 
 def features_of(

@@ -306,11 +306,10 @@ def augmented_batches(
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         order = _order(len(images), config.seed, epoch)
-        drawn = torch.Generator(view.device).manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
+        drawn = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
         for batch in loader.in_order(order):
             pixels = batch.images.to(view.device, non_blocking=True).expand(-1, len(view.mean), -1, -1)
-            aspect = None if batch.aspect is None else batch.aspect.to(view.device)
-            crops = random_view(pixels, crop, view.mean, view.std, drawn, aspect)
+            crops = random_view(pixels, crop, view.mean, view.std, drawn, batch.aspect)
             rows = batch.indices.to(view.device)
             with torch.no_grad():
                 features = network(crops)

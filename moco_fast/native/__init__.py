@@ -14,6 +14,7 @@ from moco_fast.native.compiled import (
 from moco_fast.native.losses import contrast, dino, info_nce, info_nce_sweep, nt_xent
 from moco_fast.native.multi_tensor import adamw_, ema_update_, pair_up, sgd_
 from moco_fast.native.rows import enqueue_, take_rows
+from moco_fast.native.views import augment
 
 __all__ = [
     "DTYPES",
@@ -21,6 +22,7 @@ __all__ = [
     "ON_REQUEST",
     "OPS",
     "adamw_",
+    "augment",
     "build_info",
     "cannot_serve",
     "contrast",

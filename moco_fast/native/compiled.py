@@ -26,7 +26,17 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # Ops over lists of tensors, the optimizers' steps among them: kernels for CPU and GPU, also in float64.
 MULTI_TENSOR = ("ema_update_", "sgd_", "adamw_")
 ROWS = ("take_rows",)  # of any dtype: bytes are moved, not numbers
-OPS = ("info_nce", "contrast", "nt_xent", "dino", "enqueue_", *ROWS, *MULTI_TENSOR, "split_batch_norm")
+OPS = (
+    "info_nce",
+    "contrast",
+    "nt_xent",
+    "dino",
+    "enqueue_",
+    *ROWS,
+    *MULTI_TENSOR,
+    "split_batch_norm",
+    "augment",
+)
 # Ops whose CUDA kernel this backend launches only where it is forced; kernels/info_nce_sweep.py says when
 # Triton's launcher takes it.
 ON_REQUEST = ("info_nce",)

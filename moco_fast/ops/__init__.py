@@ -10,9 +10,11 @@ from moco_fast.ops.ema_update import ema_update_
 from moco_fast.ops.losses import InfoNCEStats, contrast, info_nce, nt_xent
 from moco_fast.ops.multi import multi_info_nce
 from moco_fast.ops.rows import enqueue_, take_rows
+from moco_fast.ops.views import augment
 
 __all__ = [
     "InfoNCEStats",
+    "augment",
     "contrast",
     "dino",
     "ema_update_",

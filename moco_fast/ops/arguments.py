@@ -5,12 +5,13 @@ They raise as :mod:`moco_fast.checks` does, and return what they were given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from moco_fast import checks, native
+from moco_fast import checks, native, reference
 
 
 def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,6 +225,56 @@ def _check_pair(i: int, first: Tensor, target: object, source: object) -> None:
         raise ValueError(
             f"targets[{i}] requires grad, but the EMA overwrites it in place: "
             "call requires_grad_(False) on the key encoder's parameters"
+        )
+
+
+def augment(
+    images: object,
+    parameters: object,
+    size: object,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: object,
+    memory_format: object,
+) -> None:
+    """Check the arguments of :func:`moco_fast.augment`, but for the values of the parameters."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise TypeError(f"images must be a uint8 tensor, got {getattr(images, 'dtype', type(images))}")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
+        raise ValueError(
+            f"images must be (N, C, H, W), C 1 or 3, and not empty, got shape {tuple(images.shape)}"
+        )
+    parameters = checks.tensor("parameters", parameters, ndim=2)
+    if parameters.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"parameters must be torch.float32 or torch.float64, got {parameters.dtype}")
+    if parameters.shape != (len(images), reference.COLUMNS):
+        raise ValueError(
+            f"parameters must have shape ({len(images)}, {reference.COLUMNS}), a row for each image, "
+            f"got {tuple(parameters.shape)}"
+        )
+    checks.same_device("images", images, "parameters", parameters)
+    checks.count("size", size)
+    checks.statistics(mean, std, images.shape[1])
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise TypeError(
+            f"memory_format must be torch.contiguous_format or torch.channels_last, got {memory_format}"
+        )
+
+
+def view_parameters(parameters: Tensor) -> None:
+    """Raise for parameters of views that are on a CPU and are none."""
+    if parameters.device.type != "cpu":
+        return
+    checks.finite(parameters=parameters)
+    order = parameters[:, reference.ORDER]
+    bad = (order.sort(1).values != torch.arange(order.shape[1])).any(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"parameters must hold a permutation of 0 to {order.shape[1] - 1} in columns "
+            f"{reference.ORDER.start} to {reference.ORDER.stop - 1}, got {order[row].tolist()} in row {row}"
         )
 
 

@@ -163,7 +163,7 @@ def _finetune(
     total = config.epochs * steps_per_epoch
     view = View(start.image_size, start.mean, start.std, device, config.workers)
     augment = config.augment(start.image_size)
-    randomness = torch.Generator(device).manual_seed(config.seed)
+    randomness = torch.Generator().manual_seed(config.seed)
 
     # model
     torch.manual_seed(config.seed)
@@ -256,9 +256,8 @@ def _finetune(
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["lr_scale"]
                     images = read.images.to(device, non_blocking=True).expand(-1, start.channels, -1, -1)
-                    aspect = None if read.aspect is None else read.aspect.to(device, non_blocking=True)
-                    part = (rank(), world_size())
-                    seen = random_view(images, augment, start.mean, start.std, randomness, aspect, part)
+                    drawn = randomness, read.aspect, (rank(), world_size())
+                    seen = random_view(images, augment, start.mean, start.std, *drawn)
                     targets = labels[read.indices].to(device, non_blocking=True)
                     optimizer.zero_grad()
                     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):

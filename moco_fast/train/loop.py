@@ -142,8 +142,10 @@ def _pretrain(
     data = {"images": counts, "classes": dataset.class_names, "mean": mean, "std": std}
     run.tell_changes(config, data, console.print)
     total = config.epochs * steps_per_epoch
-    two_crops = TwoCrops(config.augment, mean, std, config.augment_second)
-    randomness = torch.Generator(device).manual_seed(config.seed)
+    # As autocast would round them, but before they travel, and as the encoders read them.
+    as_read = torch.bfloat16 if config.bf16 else torch.float32, torch.channels_last
+    two_crops = TwoCrops(config.augment, mean, std, config.augment_second, *as_read)
+    randomness = torch.Generator().manual_seed(config.seed)
 
     # model
     row = METHODS[config.method]
@@ -251,15 +253,12 @@ def _pretrain(
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(config, step, steps_per_epoch)
                     images = read.images.to(device, non_blocking=True).expand(-1, channels, -1, -1)
-                    aspect = None if read.aspect is None else read.aspect.to(device, non_blocking=True)
-                    part = rank(), world_size()
+                    drawn = randomness, read.aspect, (rank(), world_size())
                     views: tuple[Tensor, ...]
                     if row.views == 1:
-                        views = (random_view(images, config.augment, mean, std, randomness, aspect, part),)
+                        views = (random_view(images, config.augment, mean, std, *drawn, *as_read),)
                     else:
-                        views = two_crops(images, randomness, aspect, part)
-                    if config.bf16:  # as autocast would round them, but before they travel
-                        views = tuple(view.bfloat16() for view in views)
+                        views = two_crops(images, *drawn)
                     optimizer.zero_grad()
                     batch = Views(
                         views[0], views[1] if len(views) > 1 else None,

@@ -192,10 +192,7 @@ class Run(Generic[C]):
         optimizer.load_state_dict(self.saved["optimizer"])
         for group, values in zip(optimizer.param_groups, tuned, strict=True):
             group.update(values)  # the config may have been overridden, and is what gets recorded
-        if own["views"].shape == views.get_state().shape:
-            views.set_state(own["views"])
-        else:  # that of a GPU's generator on a CPU, or the other way round
-            views.manual_seed(views.initial_seed() + own["step"])
+        views.set_state(own["views"])
         if rank() < len(own["random"]):  # further processes go on with the numbers that they began with
             checkpoints.set_random_state(own["random"][rank()])
         return own["step"]
