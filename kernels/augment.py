@@ -155,6 +155,7 @@ def _augment(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     images += n * image_stride
+    next_channel = tl.cast(channel_stride, tl.int64)
     parameters += n * COLUMNS
     plane = S * S
     first += n * C * plane
@@ -194,8 +195,8 @@ def _augment(
                 at = row + (first_x + tx) * column_stride
                 r += weight * tl.load(at, mask=mask, other=0).to(tl.float32)
                 if C == 3:
-                    g += weight * tl.load(at + channel_stride, mask=mask, other=0).to(tl.float32)
-                    b += weight * tl.load(at + 2 * channel_stride, mask=mask, other=0).to(tl.float32)
+                    g += weight * tl.load(at + next_channel, mask=mask, other=0).to(tl.float32)
+                    b += weight * tl.load(at + 2 * next_channel, mask=mask, other=0).to(tl.float32)
         share = share_y * share_x * (1.0 / 255.0)
         r *= share
         g *= share
