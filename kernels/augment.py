@@ -71,7 +71,7 @@ def _adjusted(r, g, b, adjustment, amount, mean, C: tl.constexpr):
             chroma = high - tl.minimum(tl.minimum(r, g), b)
             inverse = 1.0 / tl.where(chroma == 0, 1.0, chroma)
             hue = tl.where(high == g, 2.0 + (b - r) * inverse, 4.0 + (r - g) * inverse)
-            hue = tl.where(high == r, (g - b) * inverse, hue) + 6.0 * amount
+            hue = tl.where(high == r, (g - b) * inverse, hue) + 6.0 * (amount - tl.floor(amount))
             r = _turned(high, chroma, hue + 5.0)
             g = _turned(high, chroma, hue + 3.0)
             b = _turned(high, chroma, hue + 1.0)
@@ -84,6 +84,23 @@ def _adjusted(r, g, b, adjustment, amount, mean, C: tl.constexpr):
         g = _clamped(g * amount + other)
         b = _clamped(b * amount + other)
     return r, g, b
+
+
+@triton.jit
+def _adjusted_by(parameters, turn, r, g, b, mean, C: tl.constexpr):
+    """The adjustment that comes at a turn. A number that is none reads no other memory, whatever it does."""
+    adjustment = tl.load(parameters + ORDER + turn).to(tl.int32)
+    amount = tl.load(parameters + AMOUNTS + tl.minimum(tl.maximum(adjustment, 0), ADJUSTMENTS - 1))
+    return _adjusted(r, g, b, adjustment, amount, mean, C)
+
+
+@triton.jit
+def _put(at, plane, r, g, b, mask, C: tl.constexpr):
+    """Store the channels of pixels."""
+    tl.store(at, r.to(at.dtype.element_ty), mask=mask)
+    if C == 3:
+        tl.store(at + plane, g.to(at.dtype.element_ty), mask=mask)
+        tl.store(at + 2 * plane, b.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -146,7 +163,7 @@ def _write(out, value, channel, y, x, S, threshold, mean, scale, mask, C: tl.con
 def _augment(
     images,  # (N, C, H, W) uint8
     parameters,  # (N, 16)
-    first, second,  # (N, C, S, S) each: the view between passes
+    front, back,  # (N, C, S, S) each: the view between passes, in turn
     out,  # (N, C, S, S)
     H, W, S, most_radius,
     image_stride, channel_stride, row_stride, column_stride,
@@ -156,14 +173,17 @@ def _augment(
     n = tl.program_id(0).to(tl.int64)
     images += n * image_stride
     next_channel = tl.cast(channel_stride, tl.int64)
+    next_column = tl.cast(column_stride, tl.int64)
     parameters += n * COLUMNS
     plane = S * S
-    first += n * C * plane
-    second += n * C * plane
+    front += n * C * plane
+    back += n * C * plane
     out += n * C * plane
     threshold = tl.load(parameters + THRESHOLD)
     sigma = tl.load(parameters + SIGMA)
-    radius = tl.where(sigma > 0, tl.minimum(most_radius, tl.ceil(sigma * FARTHEST).to(tl.int32)), 0)
+    # The least as a float: what no int32 holds has none.
+    farthest = tl.minimum(tl.ceil(tl.maximum(sigma, 0.0) * FARTHEST), most_radius * 1.0)
+    radius = farthest.to(tl.int32)
     contrast = ADJUSTMENTS  # where it is in the order, if anywhere
     for i in tl.static_range(ADJUSTMENTS):
         found = (tl.load(parameters + ORDER + i) == CONTRAST) & (
@@ -192,7 +212,7 @@ def _augment(
             weight_y = _weight(first_y + ty, centre_y, half_y, H)
             for tx in range(0, taps_x):
                 weight = weight_y * _weight(first_x + tx, centre_x, half_x, W)
-                at = row + (first_x + tx) * column_stride
+                at = row + (first_x + tx) * next_column
                 r += weight * tl.load(at, mask=mask, other=0).to(tl.float32)
                 if C == 3:
                     g += weight * tl.load(at + next_channel, mask=mask, other=0).to(tl.float32)
@@ -202,14 +222,9 @@ def _augment(
         g *= share
         b *= share
         for turn in range(0, contrast):
-            adjustment = tl.load(parameters + ORDER + turn).to(tl.int32)
-            r, g, b = _adjusted(r, g, b, adjustment, tl.load(parameters + AMOUNTS + adjustment), 0.0, C)
+            r, g, b = _adjusted_by(parameters, turn, r, g, b, 0.0, C)
         lumas += tl.where(mask, _luma(r, g, b, C), 0.0)
-        at = first + x * S + y
-        tl.store(at, r.to(first.dtype.element_ty), mask=mask)
-        if C == 3:
-            tl.store(at + plane, g.to(first.dtype.element_ty), mask=mask)
-            tl.store(at + 2 * plane, b.to(first.dtype.element_ty), mask=mask)
+        _put(front + x * S + y, plane, r, g, b, mask, C)
     mean = tl.sum(tl.sum(lumas, axis=1), axis=0) / (S * S)
     tl.debug_barrier()
 
@@ -217,7 +232,7 @@ def _augment(
         y = tile // across * BLOCK_Y + in_y
         x = tile % across * BLOCK_X + in_x
         mask = (y < S) & (x < S)
-        at = first + x * S + y
+        at = front + x * S + y
         r = tl.load(at, mask=mask, other=0).to(tl.float32)
         g = r
         b = r
@@ -225,19 +240,14 @@ def _augment(
             g = tl.load(at + plane, mask=mask, other=0).to(tl.float32)
             b = tl.load(at + 2 * plane, mask=mask, other=0).to(tl.float32)
         for turn in range(contrast, ADJUSTMENTS):
-            adjustment = tl.load(parameters + ORDER + turn).to(tl.int32)
-            r, g, b = _adjusted(r, g, b, adjustment, tl.load(parameters + AMOUNTS + adjustment), mean, C)
+            r, g, b = _adjusted_by(parameters, turn, r, g, b, mean, C)
         if radius == 0:
             _write(out, r, 0, y, x, S, threshold, mean_0, scale_0, mask, C, LAST)
             if C == 3:
                 _write(out, g, 1, y, x, S, threshold, mean_1, scale_1, mask, C, LAST)
                 _write(out, b, 2, y, x, S, threshold, mean_2, scale_2, mask, C, LAST)
         else:
-            at = second + x * S + y
-            tl.store(at, r.to(second.dtype.element_ty), mask=mask)
-            if C == 3:
-                tl.store(at + plane, g.to(second.dtype.element_ty), mask=mask)
-                tl.store(at + 2 * plane, b.to(second.dtype.element_ty), mask=mask)
+            _put(back + x * S + y, plane, r, g, b, mask, C)
 
     if radius > 0:
         tl.debug_barrier()
@@ -246,15 +256,15 @@ def _augment(
             x = tile % tiles % across * BLOCK_X + in_x
             mask = (y < S) & (x < S)
             channel = tile // tiles * plane
-            value = _blurred(second, channel + y, S, x, S, radius, sigma, mask)
-            tl.store(first + channel + y * S + x, value.to(first.dtype.element_ty), mask=mask)
+            value = _blurred(back, channel + y, S, x, S, radius, sigma, mask)
+            tl.store(front + channel + y * S + x, value.to(front.dtype.element_ty), mask=mask)
         tl.debug_barrier()
         for tile in range(0, C * tiles):
             y = tile % tiles // across * BLOCK_Y + in_y
             x = tile % tiles % across * BLOCK_X + in_x
             mask = (y < S) & (x < S)
             channel = tile // tiles
-            value = _blurred(first, channel * plane + x, S, y, S, radius, sigma, mask)
+            value = _blurred(front, channel * plane + x, S, y, S, radius, sigma, mask)
             m = tl.where(channel == 0, mean_0, tl.where(channel == 1, mean_1, mean_2))
             scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
             _write(out, value, channel, y, x, S, threshold, m, scale, mask, C, LAST)
@@ -274,15 +284,13 @@ def augment(
     count, channels, height, width = images.shape
     out = reference.empty_views(images, size, dtype, channels_last)
     between = torch.float16 if dtype == torch.bfloat16 else torch.float32
-    first, second = (
-        torch.empty_like(out, dtype=between, memory_format=torch.contiguous_format) for _ in "12"
-    )
+    front, back = (torch.empty_like(out, dtype=between, memory_format=torch.contiguous_format) for _ in "12")
     scales = [1 / s for s in std]
     missing = [0.0] * (3 - channels)
     rows, columns, warps = tiles or TILES["views"]
     block = triton.next_power_of_2(size)
     _augment[(count,)](
-        images, parameters.contiguous(), first, second, out, height, width, size,
+        images, parameters.contiguous(), front, back, out, height, width, size,
         reference.blur_radius(size), *images.stride(), *mean, *missing, *scales, *missing,
         C=channels, LAST=channels_last, BLOCK_Y=min(rows, block), BLOCK_X=min(columns, block),
         num_warps=warps, enable_fp_fusion=True,

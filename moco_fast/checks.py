@@ -75,7 +75,7 @@ def numbers(name: str, values: object, count: int) -> tuple[float, ...]:
         isinstance(v, bool) or not isinstance(v, Real) for v in values
     ):
         raise TypeError(f"{name} must be made of numbers, got {values!r}")
-    if len(values) != count or not all(math.isfinite(v) for v in values):
+    if len(values) != count or not all(-math.inf < v < math.inf for v in values):  # NaN fails too
         raise ValueError(f"{name} must have {count} finite value(s), got {values!r}")
     return tuple(float(v) for v in values)
 
@@ -86,6 +86,16 @@ def statistics(mean: object, std: object, channels: int) -> tuple[tuple[float, .
     if min(stds) <= 0:
         raise ValueError(f"std must be above 0, got {std!r}")
     return means, stds
+
+
+def views(dtype: object, memory_format: object) -> None:
+    """Raise unless images can be of this dtype and memory format."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise TypeError(
+            f"memory_format must be torch.contiguous_format or torch.channels_last, got {memory_format}"
+        )
 
 
 def seed(value: object) -> int:

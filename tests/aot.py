@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from wgmma import hazards
 
+from moco_fast import reference
 from moco_fast.kernels import (
     augment,
     dino,
@@ -77,6 +78,8 @@ def compiled(kernel, types, constants, warps, stages, capability, multiples=()):
     }
     counts = {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
     counts["hazards"] = len(hazards(code))
+    # Those that a kernel asks for; the machine code has more, for shared memory.
+    counts["barriers"] = len(re.findall(r"\b(?:ttg|gpu)\.barrier\b", binary.asm["ttgir"]))
     return {"registers": registers, "local": stack + local, "shared": binary.metadata.shared, **counts}
 
 
@@ -322,12 +325,15 @@ def views(channels, size, between, result, capability):
     """``augment._augment`` of contiguous images, of a size that is a multiple of 16 or not."""
     rows, columns, warps = augment.TILES["views"]
     block = triton.next_power_of_2(size)
-    types = {"images": "*u8", "parameters": "*fp32", "first": f"*{between}", "second": f"*{between}"}
-    types |= {"out": f"*{result}"} | dict.fromkeys(("H", "W", "S", "most_radius"), "i32")
+    types = {"images": "*u8", "parameters": "*fp32", "front": f"*{between}", "back": f"*{between}"}
+    types |= {"out": f"*{result}"} | dict.fromkeys(("H", "W", "S"), "i32")
+    radius = reference.blur_radius(size)
+    known = {"column_stride": 1} | ({"most_radius": 1} if radius == 1 else {})
+    types |= {} if radius == 1 else {"most_radius": "i32"}
     types |= dict.fromkeys(("image_stride", "channel_stride", "row_stride"), "i32")
     types |= dict.fromkeys([f"{name}_{i}" for name in ("mean", "scale") for i in range(3)], "fp32")
-    constants = {
-        "column_stride": 1, "C": channels, "LAST": channels == 3,
+    constants = known | {
+        "C": channels, "LAST": channels == 3,
         "BLOCK_Y": min(rows, block), "BLOCK_X": min(columns, block),
     }  # fmt: skip
     multiples = ("H", "W", "S", "image_stride", "channel_stride", "row_stride") if size % 16 == 0 else ()

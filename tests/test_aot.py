@@ -98,6 +98,10 @@ def test_augment_reads_several_pixels_at_once(kernels):
     assert len(found) == 6
     for label, kernel in found.items():
         assert kernel["narrow_loads"] == 4 * (1 if "gray" in label else 3), (label, kernel)
+        assert kernel["barriers"] == 3, (
+            label,
+            kernel,
+        )  # between passes, which no interpreter sees
 
 
 def test_split_batch_norm_moves_16_bytes_at_a_time(kernels):

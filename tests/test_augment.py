@@ -106,8 +106,9 @@ def test_against_float64(backend, half_ulp, channels, height, width, size, dtype
 
 
 def test_large_views(isa):
-    """Of the usual size, from larger images."""
-    images, parameters = random_images(4, 3, 300, 256), random_parameters(4)
+    """Of the usual size, from larger images; where the blur has taps enough to leave some out."""
+    images, parameters = random_images(6, 3, 300, 256), random_parameters(6)
+    parameters[:, reference.SIGMA] = torch.tensor([0.3, 0.6, 1.0, 1.3, 1.6, 2.0])
     got = moco_fast.augment(images, parameters, 224, MEAN[3], STD[3])
     assert_as_exact_as_eager(got, images, parameters, 224)
 
@@ -168,10 +169,10 @@ def test_orders(backend):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "taps"), [(8, 3), (28, 3), (50, 5), (96, 11)])
+@pytest.mark.parametrize(("size", "taps"), [(8, 3), (28, 3), (50, 5), (96, 11), (224, 23)])
 def test_blur_matches_torchvision(backend, size, taps):
-    images = random_images(4, 3, size)
-    sigmas = (0.1, 0.7, 2.0, 0)
+    images = random_images(5, 1, size)
+    sigmas = (0.1, 0.7, 1.5, 4e8, 0)
     for image, got, sigma in zip(images, view(images, *(row(sigma=s) for s in sigmas)), sigmas, strict=True):
         want = tv.gaussian_blur(unit(image), taps, sigma) if sigma else unit(image)
         torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
@@ -224,6 +225,35 @@ def test_strides(backend, strided):
     assert torch.equal(moco_fast.augment(images, gaps, 11, MEAN[3], STD[3]), want)
 
 
+@pytest.mark.parametrize("dimension", [1, 3], ids=["channels", "columns"])
+def test_strides_beyond_32_bits(backend, device, dimension):
+    """In memory that is for the most part never touched."""
+    if torch.cuda.is_available() and device == "cuda":
+        assert torch.cuda.mem_get_info()[0] > 5 << 30, "needs 5 GB of free memory"
+    strides = [1, 1, 4, 8]
+    strides[dimension] = 2**30 + 5
+    far = torch.empty(2 * strides[dimension] + 100, dtype=torch.uint8).as_strided((1, 3, 2, 3), strides)
+    far.copy_(random_images(1, 3, 2, 3))
+    got = moco_fast.augment(far, torch.tensor([row()]).float(), 5, MEAN[3], STD[3])
+    want = moco_fast.augment(far.contiguous(), torch.tensor([row()]).float(), 5, MEAN[3], STD[3])
+    assert torch.equal(got, want)
+
+
+def test_autocast_does_not_matter(backend, device):
+    images, parameters = random_images(3, 3, 12), random_parameters(3)
+    want = moco_fast.augment(images, parameters, 9, MEAN[3], STD[3])
+    with torch.autocast("cuda" if device == "cuda" else "cpu", dtype=torch.bfloat16):
+        got = moco_fast.augment(images, parameters, 9, MEAN[3], STD[3])
+    assert torch.equal(got, want)
+
+
+def test_many_turns_of_the_hue(backend):
+    images = random_images(3, 3, 12)
+    got = view(images, *(row(amounts=(1, 1, 1, turns, 1)) for turns in (1000.25, -999.75, 0.25)))
+    want = tv.adjust_hue(unit(images), 0.25)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
 def test_bits_do_not_depend_on_threads_batch_or_run(backend):
     images, parameters = random_images(9, 3, 26, 31), random_parameters(9)
     arguments = 20, MEAN[3], STD[3]
@@ -250,7 +280,9 @@ def test_opcheck_and_compile(backend):
     images, parameters = random_images(2, 3, 9), random_parameters(2)
     torch.library.opcheck(_augment, (images, parameters, 7, MEAN[3], STD[3], torch.bfloat16, True))
     arguments = images, parameters, 7, MEAN[3], STD[3], torch.bfloat16, torch.channels_last
-    got = torch.compile(moco_fast.augment, fullgraph=True)(*arguments)
+    compiled = torch.compile(moco_fast.augment, fullgraph=True)
+    compiled(images, parameters, 7, [0.1, 0.2, 0.3], STD[3])  # what changes becomes a symbol
+    got = compiled(*arguments)
     assert torch.equal(got, moco_fast.augment(*arguments))
     assert got.is_contiguous(memory_format=torch.channels_last) and not got.requires_grad
 
@@ -271,6 +303,35 @@ def test_in_a_cuda_graph():
 
 
 @pytest.mark.parametrize(
+    "bad",
+    [
+        {"box": (-0.2, 0, 1, 1)},
+        {"box": (10, 10, 100, 100)},  # pixels
+        {"box": (0.4, 0, -0.5, 1)},
+        {"order": (0, 1, 2, 3, 3)},
+        {"sigma": math.inf},
+    ],
+)
+def test_bad_values(bad):
+    """Of the second image."""
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    what = "crops within the image" if "box" in bad else "a permutation" if "order" in bad else "be finite"
+    with pytest.raises(
+        ValueError, match=rf"parameters must .*{what}.*" + ("" if "sigma" in bad else "row 1")
+    ):
+        view(images, row(), row(**bad))
+
+
+def test_the_example_of_the_docstring():
+    images, mean, std = random_images(2, 3, 20), MEAN[3], STD[3]
+    lines = [line.split(">>> ")[1] for line in moco_fast.augment.__doc__.splitlines() if ">>> " in line]
+    names = {"images": images, "mean": mean, "std": std, "torch": torch, "moco_fast": moco_fast}
+    exec("\n".join(lines), names)
+    want = tv.resize(unit(images), [224, 224], antialias=True)
+    torch.testing.assert_close(names["view"], tv.normalize(want, mean, std), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"images": torch.zeros(2, 3, 4, 4)}, TypeError, "images must be a uint8 tensor, got torch.float32"),
@@ -282,6 +343,7 @@ def test_in_a_cuda_graph():
         ({"parameters": torch.zeros(2, 16)}, ValueError, r"permutation of 0 to 4 .* got \[0.0, .* in row 0"),
         ({"parameters": torch.full((2, 16), math.nan)}, ValueError, "parameters must be finite"),
         ({"parameters": torch.zeros(2, 16, device="meta")}, ValueError, "parameters is on meta, but images"),
+        ({"size": 16385}, ValueError, "size must be at most 16384, got 16385"),
         ({"size": 0}, ValueError, "size must be at least 1, got 0"),
         ({"size": 2.0}, TypeError, "size must be an integer, got float 2.0"),
         ({"mean": [0.0]}, ValueError, r"mean must have 3 finite value\(s\), got \[0.0\]"),

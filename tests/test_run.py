@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from training import STEPS, TINY, assert_same_run, run
 
@@ -184,6 +185,14 @@ def test_other_images_in_place_of_those_trained_on(tmp_path):
 def test_runs_of_older_versions_go_on(copied):
     age(copied)
     assert run(copied, resume="auto").step == STEPS
+    assert run(copied, replace(TINY, epochs=3), resume=True).step == 15
+
+
+def test_a_run_goes_on_whose_views_were_drawn_on_a_gpu(copied):
+    """A GPU's generator has a state of 16 bytes, which a CPU's cannot take over."""
+    saved = checkpoint.read(copied)
+    saved["moco_fast"]["views"] = torch.zeros(16, dtype=torch.uint8)
+    checkpoint.write_atomic(copied / checkpoint.FILE_NAME, saved)
     assert run(copied, replace(TINY, epochs=3), resume=True).step == 15
 
 

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+import moco_fast
+from moco_fast import reference
 from moco_fast.data import draws
-from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view, random_view
+from moco_fast.data.augment import AugmentConfig, TwoCrops, center_view, draw_parameters, random_view
 from moco_fast.train.presets import PRESETS
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
@@ -224,6 +226,12 @@ def test_call_errors():
         crops(random_images(2, 1, 8), seeded())
     with pytest.raises(ValueError, match="aspect"):
         crops(random_images(2, 3, 8), seeded(), aspect=torch.ones(3))
+    with pytest.raises(ValueError, match=r"part must be \(index, parts\) .* got \(2, 2\)"):
+        crops(random_images(2, 3, 8), seeded(), part=(2, 2))
+    with pytest.raises(TypeError, match=r"mean must be made of numbers, got 0\.5"):
+        TwoCrops(IDENTITY, 0.5, STD[3])
+    with pytest.raises(TypeError, match=r"dtype must be torch\.float32, .*got torch\.int8"):
+        TwoCrops(IDENTITY, MEAN[3], STD[3], dtype=torch.int8)
     with pytest.raises(ValueError, match="std"):
         TwoCrops(IDENTITY, MEAN[3], (0.2, 0.0, 0.2))
     with pytest.raises(ValueError, match="size"):
@@ -243,6 +251,53 @@ def test_jitter_is_drawn_within_its_ranges_and_in_every_order():
     assert (spread.mean(0) - 0.5).abs().max() < 0.01 and (spread.var(0) - 1 / 12).abs().max() < 0.005
     _, counts = order.unique(dim=0, return_counts=True)
     assert len(counts) == 24 and (counts / n - 1 / 24).abs().max() < 5 * math.sqrt(1 / 24 / n)
+
+
+def test_parameters_are_drawn_independently_and_within_their_ranges():
+    config = AugmentConfig(
+        224, (0.1, 0.5), (0.8, 1.25), 0.4, (0.4, 0.4, 0.4, 0.1), 0.7, 0.3, 0.6, (0.5, 2.0), 0.2
+    )
+    n = 20_000
+    plain = dataclasses.replace(config, flip_p=0.0)
+    drawn, unflipped = (draw_parameters(c, torch.full((n,), 1.1), seeded()) for c in (config, plain))
+    left, top, width, height = drawn[:, reference.BOX].unbind(1)
+    flipped = width < 0
+    # What is mirrored is the same crop.
+    box = torch.stack((torch.where(flipped, left + width, left), top, width.abs(), height), dim=1)
+    torch.testing.assert_close(box, unflipped[:, reference.BOX], rtol=0, atol=1e-6)
+    assert torch.equal(drawn[:, 4:], unflipped[:, 4:]) and drawn.dtype == torch.float32
+    area, ratio = box[:, 2] * box[:, 3], box[:, 2] / box[:, 3] * 1.1
+    jittered = drawn[:, 7] != 0
+    gray, sigma, threshold = drawn[:, 8], drawn[:, reference.SIGMA], drawn[:, reference.THRESHOLD]
+    blurred, solarized = sigma > 0, threshold == 0.5
+    assert set(gray.tolist()) == {0.0, 1.0} and set(threshold.tolist()) == {0.5, 2.0}
+    for chosen, p in ((flipped, 0.4), (jittered, 0.7), (gray == 0, 0.3), (blurred, 0.6), (solarized, 0.2)):
+        assert abs(chosen.float().mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
+    some = sigma[blurred]
+    assert some.min() >= 0.5 and some.max() <= 2 and abs(some.mean() - 1.25) < 0.01 and some.max() > 1.99
+    place = torch.stack((box[:, 0] / (1 - box[:, 2]), box[:, 1] / (1 - box[:, 3])))
+    among = jittered & blurred
+    values = torch.stack(
+        (*place, area, ratio, flipped, gray, solarized, sigma, *drawn[:, 4:8].t(), *drawn[:, 9:13].t())
+    )[:, among].double()
+    related = torch.corrcoef(values) - torch.eye(len(values))
+    related[-4:, -4:] = 0  # places in an order are not independent
+    assert related.abs().max() < 5 / math.sqrt(int(among.sum()))
+    chances = torch.stack([x.double() for x in (flipped, jittered, gray, blurred, solarized, *place)])
+    assert (torch.corrcoef(chances) - torch.eye(7)).abs().max() < 5 / math.sqrt(n)
+
+
+def test_the_shape_of_the_originals_counts():
+    """Of squares that were 2 : 1 the crops are half as wide."""
+    config = AugmentConfig(9, (0.2, 0.3), (1.0, 1.0))
+    for aspect in (torch.full((50,), 2.0), torch.full((50,), 2.0, dtype=torch.float64)):
+        box = draw_parameters(config, aspect, seeded())[:, reference.BOX]
+        assert box.dtype == torch.float32
+        torch.testing.assert_close(2 * box[:, 2].abs(), box[:, 3], rtol=1e-5, atol=0)
+    images, options = random_images(50, 1, 24), dict(config=config, mean=MEAN[1], std=STD[1])
+    wide = random_view(images, generator=seeded(), aspect=torch.full((50,), 2.0), **options)
+    parameters = draw_parameters(config, torch.full((50,), 2.0), seeded())
+    assert torch.equal(wide, moco_fast.augment(images, parameters, 9, [*MEAN[1]], [*STD[1]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

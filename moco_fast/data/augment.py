@@ -99,6 +99,7 @@ class TwoCrops:
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
+        checks.views(dtype, memory_format)
         self.configs = (config, key_config or config)
         self.mean, self.std = _statistics(mean, std)
         self.dtype, self.memory_format = dtype, memory_format
@@ -117,7 +118,8 @@ class TwoCrops:
             generator: source of all randomness; its state determines the views. On a GPU what is drawn with a
                 generator of the CPU travels there in one copy, with one of the GPU in many small launches.
             aspect: width / height of the original images where ``images`` were squashed to a common
-                canvas: crops are then drawn in the geometry of the originals. Default: W / H.
+                canvas: crops are then drawn in the geometry of the originals. Best on the generator's device.
+                Default: W / H.
             part: ``images`` are this part of a batch of so many parts of N. Values are drawn for all of
                 it, so generators of one seed on several ranks stay in step, and give the views of one rank.
 
@@ -160,8 +162,12 @@ def draw_parameters(
 ) -> Tensor:
     """What :func:`moco_fast.augment` takes for a view of N images, (N, 16); args as for :class:`TwoCrops`."""
     index, parts = part
-    count = len(aspect)
-    u = torch.rand(parts * count, sum(_DRAWS), generator=generator, device=generator.device)
+    if not 0 <= index < parts:
+        raise ValueError(f"part must be (index, parts) with 0 <= index < parts, got {part}")
+    aspect, count = aspect.float(), len(aspect)
+    u = torch.rand(
+        parts * count, sum(_DRAWS), generator=generator, device=generator.device, dtype=torch.float32
+    )
     own = u[index * count : (index + 1) * count].split(_DRAWS, dim=1)
     u_crop, u_flip, u_jitter, u_gray, u_blur, u_sigma, u_solarize = own
     boxes = draw_boxes(u_crop, aspect, config.crop_scale, config.crop_ratio)
@@ -208,16 +214,14 @@ def center_view(
 
 
 def _on(device: torch.device, parameters: Tensor) -> Tensor:
-    """On a device, without waiting for it."""
+    """On a device; without waiting, if that is a GPU."""
     if device.type == "cuda" and parameters.device.type == "cpu":
-        parameters = parameters.pin_memory()
-    return parameters.to(device, non_blocking=True)
+        return parameters.pin_memory().to(device, non_blocking=True)
+    return parameters.to(device)
 
 
 def _statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if len(mean) not in (1, 3):
-        raise ValueError(f"mean must have 1 or 3 values, got {mean}")
-    return checks.statistics(mean, std, len(mean))
+    return checks.statistics(mean, std, 1 if isinstance(mean, Sequence) and len(mean) == 1 else 3)
 
 
 def _check_images(images: Tensor, mean: Sequence[float]) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moco_fast import checks, native, reference
 
+MOST_PIXELS = 16384  # of a side of a view: kernels number its values in 32 bits
+BOX_SLACK = 1e-5  # by which crops may be rounded out of the image
+
 
 def info_nce(q: object, k: object, queue: object) -> tuple[Tensor, Tensor, Tensor]:
     """Check the tensors of :func:`moco_fast.info_nce`."""
@@ -253,21 +256,26 @@ def augment(
             f"got {tuple(parameters.shape)}"
         )
     checks.same_device("images", images, "parameters", parameters)
-    checks.count("size", size)
+    if checks.count("size", size) > MOST_PIXELS:
+        raise ValueError(f"size must be at most {MOST_PIXELS}, got {size}")
     checks.statistics(mean, std, images.shape[1])
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, got {dtype}")
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise TypeError(
-            f"memory_format must be torch.contiguous_format or torch.channels_last, got {memory_format}"
-        )
+    checks.views(dtype, memory_format)
 
 
-def view_parameters(parameters: Tensor) -> None:
-    """Raise for parameters of views that are on a CPU and are none."""
+def augment_values(parameters: Tensor) -> None:
+    """Check the values of parameters of :func:`moco_fast.augment`, if they are on a CPU."""
     if parameters.device.type != "cpu":
         return
     checks.finite(parameters=parameters)
+    starts, extents = parameters[:, reference.BOX].chunk(2, dim=1)
+    ends = torch.cat((starts, starts + extents), dim=1)
+    bad = ((ends < -BOX_SLACK) | (ends > 1 + BOX_SLACK)).any(1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            "parameters must hold crops within the image in columns 0 to 3, as fractions of it, got "
+            f"{parameters[row, reference.BOX].tolist()} in row {row}"
+        )
     order = parameters[:, reference.ORDER]
     bad = (order.sort(1).values != torch.arange(order.shape[1])).any(1)
     if bad.any():

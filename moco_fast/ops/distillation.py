@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moco_fast import backends, checks, reference
 from moco_fast.ops import arguments, library
-from moco_fast.ops.losses import reduced, scaled, without_autocast
+from moco_fast.ops.losses import reduced, scaled
 
 
 def dino(
@@ -106,7 +106,7 @@ def _dino(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (student, teacher, prototypes, teacher_prototypes, center)
     backend = backends.choose("dino", tensors)
-    with without_autocast(student.device):
+    with library.without_autocast(student.device):
         return backend.dino(*tensors, student_temperature, teacher_temperature, precision, need_ds, need_dw)
 
 

@@ -7,6 +7,7 @@ device. What they look for at run time, results that share memory with arguments
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -124,3 +125,9 @@ class _DifferentiatedOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("no second derivative: the gradient is that of an op, unknown to autograd")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """For an op's own matrix products, which stay in fp32."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()

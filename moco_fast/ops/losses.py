@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -224,12 +223,6 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (scale * gradient).to(dtype)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """For an op's own matrix products, which stay in fp32."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
-
-
 def _save_dq(ctx, arguments, results):
     ctx.save_for_backward(arguments[0], results[1])
 
@@ -244,7 +237,7 @@ def _info_nce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, precision: str, need_dq: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     backend = backends.choose("info_nce", (q, k, queue))
-    with without_autocast(q.device):
+    with library.without_autocast(q.device):
         return backend.info_nce(q, k, queue, temperature, precision, need_dq, need_stats)
 
 
@@ -267,7 +260,7 @@ def _scale_dz(ctx, saved, of_loss):
 @library.op("nt_xent", save=_save_dq, gradients=_scale_dz)
 def _nt_xent(z: Tensor, temperature: float, precision: str, need_dz: bool) -> tuple[Tensor, Tensor]:
     backend = backends.choose("nt_xent", (z,))
-    with without_autocast(z.device):
+    with library.without_autocast(z.device):
         return backend.nt_xent(z, temperature, precision, need_dz)
 
 
@@ -294,7 +287,7 @@ def _contrast(
     q: Tensor, k: Tensor, temperature: float, first: int, precision: str, need_dq: bool, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = backends.choose("contrast", (q, k))
-    with without_autocast(q.device):
+    with library.without_autocast(q.device):
         return backend.contrast(q, k, temperature, first, precision, need_dq, need_dk)
 
 

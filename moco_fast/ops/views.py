@@ -40,7 +40,8 @@ def augment(
 
     Source: Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning", section 3; Chen et al.
     2020, "A Simple Framework for Contrastive Learning", appendix A. Steps are as torchvision has them on
-    floating-point images, but crops need not be whole pixels.
+    floating-point images, but crops need not be whole pixels, and the outermost pixels of a view see what
+    lies beside the crop.
 
     Args:
         images: (N, C, H, W) uint8, C 1 or 3, any strides. Images of one channel have no colour to adjust.
@@ -57,11 +58,12 @@ def augment(
     Raises:
         TypeError: images are not uint8, parameters neither float32 nor float64, dtype or memory_format none
             of these, size, mean or std no numbers.
-        ValueError: shapes or devices do not match, an empty batch, size below 1, std not positive, mean or
-            std not finite; parameters on the CPU that are not finite or hold no permutation.
+        ValueError: shapes or devices do not match, an empty batch, size below 1 or above 16384, std not
+            positive, mean or std not finite; parameters on the CPU that are not finite, crop outside the
+            image or hold no permutation. On a GPU they are not looked at.
 
     Example:
-        >>> no_crop = [0, 0, 1, 1, *(1, 1, 1, 0, 1), *range(5), 0, 2]
+        >>> no_crop = [0.0, 0, 1, 1, *(1, 1, 1, 0, 1), *range(5), 0, 2]
         >>> view = moco_fast.augment(images, torch.tensor([no_crop] * len(images)), 224, mean, std)
     """
     arguments.augment(images, parameters, size, mean, std, dtype, memory_format)
@@ -79,11 +81,12 @@ def _augment(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    arguments.view_parameters(parameters)
+    arguments.augment_values(parameters)
     if dtype == torch.float64:
         parameters = parameters.double()
     backend = backends.choose("augment", (parameters,))
-    return backend.augment(images, parameters, size, mean, std, dtype, channels_last)
+    with library.without_autocast(images.device):
+        return backend.augment(images, parameters, size, mean, std, dtype, channels_last)
 
 
 @library.fake(_augment)

@@ -133,7 +133,7 @@ def shift_hue(
     chroma = high - x.amin(1)
     divisor = torch.where(chroma == 0, 1.0, chroma)
     hue = torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
-    hue = torch.where(high == red, (green - blue) / divisor, hue) + 6 * shift[:, None, None]
+    hue = torch.where(high == red, (green - blue) / divisor, hue) + 6 * (shift - shift.floor())[:, None, None]
     channels = []
     for n in (5, 3, 1):
         k = torch.remainder(hue + n, 6)

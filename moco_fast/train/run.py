@@ -171,7 +171,7 @@ class Run(Generic[C]):
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, views: torch.Generator) -> int:
         """Load the weights, the optimizer and all random states of the checkpoint; returns its step.
 
-        Views that were drawn on a GPU continue with other numbers on a CPU, and the other way round.
+        Views that an earlier version drew on a GPU continue with other numbers.
 
         Raises:
             CheckpointError: weights that do not fit; says which options differ, before anything is changed.
@@ -192,7 +192,10 @@ class Run(Generic[C]):
         optimizer.load_state_dict(self.saved["optimizer"])
         for group, values in zip(optimizer.param_groups, tuned, strict=True):
             group.update(values)  # the config may have been overridden, and is what gets recorded
-        views.set_state(own["views"])
+        if own["views"].shape == views.get_state().shape:
+            views.set_state(own["views"])
+        else:  # that of a GPU's generator
+            views.manual_seed(views.initial_seed() + own["step"])
         if rank() < len(own["random"]):  # further processes go on with the numbers that they began with
             checkpoints.set_random_state(own["random"][rank()])
         return own["step"]
