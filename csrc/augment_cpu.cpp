@@ -65,19 +65,16 @@ struct Scratch {
     float* edged;            // a row between its reflections
     float *lines, *columns;  // (kLanes, W) rows of the view before they are resampled along columns, and
                              // transposed
-    float *weights, *row_weights;  // (taps, row) and (taps) of the axes
+    float *weights, *row_weights;  // (taps, row) along rows, (kLanes, taps) along columns
     int32_t* first;                // (row) first source column of every column of the view
 
-    static int64_t floats(const Augment& a) {
-        const int64_t row = padded(a.size);
-        return (a.channels * (a.size + 1) + 5 + a.width) * row + 2 * kLanes * padded(a.width) +
-               padded(a.height);
-    }
+    int64_t floats = 0;  // that it takes in all
 
+    // Without memory it only counts.
     Scratch(const Augment& a, float* memory) : row(padded(a.size)), plane(a.size * row) {
-        const auto take = [&memory](int64_t count) {
-            float* const taken = memory;
-            memory += padded(count);
+        const auto take = [this, memory](int64_t count) {
+            float* const taken = memory ? memory + floats : nullptr;
+            floats += padded(count);
             return taken;
         };
         planes = take(a.channels * plane);
@@ -87,12 +84,12 @@ struct Scratch {
         first = reinterpret_cast<int32_t*>(take(row));
         lines = take(kLanes * padded(a.width));
         columns = take(kLanes * padded(a.width));
-        row_weights = take(a.height);
+        row_weights = take(kLanes * a.height);
         weights = take(a.width * row);  // last: of so many taps few are used
     }
 };
 
-int64_t scratch(const Augment& a) { return Scratch::floats(a); }
+int64_t scratch(const Augment& a) { return Scratch(a, nullptr).floats; }
 
 // line[x] = sum_t weights[t] row_t[x], in columns [begin, end).
 void add_rows(const uint8_t* source, int64_t stride, const float* weights, int64_t taps, int64_t begin,
@@ -308,13 +305,14 @@ void resample(const Augment& a, int64_t index, const ViewParameters& p, const Sc
     const int64_t stride = padded(a.width), from = begin / kLanes * kLanes;
     for (int64_t y = 0; y < a.size; y += kLanes) {
         const int64_t rows = a.size - y < kLanes ? a.size - y : kLanes;
+        int64_t top[kLanes];
+        for (int64_t i = 0; i < rows; ++i)
+            top[i] = along_column.weigh(y + i, 1.0, s.row_weights + i * along_column.taps, 1);
         for (int c = 0; c < C; ++c) {
             const uint8_t* const channel = a.images + index * a.image_stride + c * a.channel_stride;
-            for (int64_t i = 0; i < rows; ++i) {
-                const int64_t top = along_column.weigh(y + i, 1.0, s.row_weights, 1);
-                add_rows(channel + top * a.row_stride, a.row_stride, s.row_weights, along_column.taps, begin,
-                         end, s.lines + i * stride);
-            }
+            for (int64_t i = 0; i < rows; ++i)
+                add_rows(channel + top[i] * a.row_stride, a.row_stride, s.row_weights + i * along_column.taps,
+                         along_column.taps, begin, end, s.lines + i * stride);
             to_columns(s.lines + from, stride, padded(end - from), s.columns + from * kLanes);
             resample_columns(s.columns, s.first, s.weights, along_row.taps, s.row, rows,
                              s.planes + c * s.plane + y * s.row);

@@ -88,6 +88,17 @@ def statistics(mean: object, std: object, channels: int) -> tuple[tuple[float, .
     return means, stds
 
 
+def images(value: object) -> Tensor:
+    """Return ``value`` as a batch of uint8 images, gray or of three channels, or raise."""
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+        raise TypeError(f"images must be a uint8 tensor, got {getattr(value, 'dtype', type(value))}")
+    if value.ndim != 4 or value.shape[1] not in (1, 3) or value.numel() == 0:
+        raise ValueError(
+            f"images must be (N, C, H, W), C 1 or 3, and not empty, got shape {tuple(value.shape)}"
+        )
+    return value
+
+
 def views(dtype: object, memory_format: object) -> None:
     """Raise unless images can be of this dtype and memory format."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

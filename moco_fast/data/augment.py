@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moco_fast import checks, ops
+from moco_fast import checks, ops, reference
 from moco_fast.data.draws import CROP_DRAWS, JITTER_DRAWS, central_box, draw_boxes, draw_jitter
 
 # Uniform draws per sample and view: crop, flip, jitter, grayscale, whether to blur, sigma, solarise.
@@ -177,7 +177,7 @@ def draw_parameters(
     box = torch.where(flip, left + width, left), top, torch.where(flip, -width, width), height
     amounts, order = draw_jitter(u_jitter, config.jitter, config.jitter_p)
     gray = torch.where(u_gray < config.gray_p, 0.0, 1.0)
-    last = torch.full_like(gray, 4)
+    last = torch.full_like(gray, reference.GRAY)
     order = torch.cat((last, order) if config.gray_first else (order, last), dim=1)
     low, high = config.blur_sigma
     sigma = torch.where(u_blur < config.blur_p, low + (high - low) * u_sigma, 0.0)
@@ -225,10 +225,11 @@ def _statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[floa
 
 
 def _check_images(images: Tensor, mean: Sequence[float]) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise TypeError(f"images must be a uint8 tensor, got {getattr(images, 'dtype', type(images))}")
-    if images.ndim != 4 or images.shape[1] != len(mean) or images.numel() == 0:
-        raise ValueError(f"images must be (N, {len(mean)}, H, W) and not empty, got {tuple(images.shape)}")
+    checks.images(images)
+    if images.shape[1] != len(mean):
+        raise ValueError(
+            f"images must have {len(mean)} channels, as mean has, got shape {tuple(images.shape)}"
+        )
 
 
 def _aspect(images: Tensor, aspect: Tensor | None, device: torch.device) -> Tensor:

@@ -241,12 +241,7 @@ def augment(
     memory_format: object,
 ) -> None:
     """Check the arguments of :func:`moco_fast.augment`, but for the values of the parameters."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise TypeError(f"images must be a uint8 tensor, got {getattr(images, 'dtype', type(images))}")
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise ValueError(
-            f"images must be (N, C, H, W), C 1 or 3, and not empty, got shape {tuple(images.shape)}"
-        )
+    images = checks.images(images)
     parameters = checks.tensor("parameters", parameters, ndim=2)
     if parameters.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"parameters must be torch.float32 or torch.float64, got {parameters.dtype}")
@@ -269,17 +264,15 @@ def augment_values(parameters: Tensor) -> None:
     checks.finite(parameters=parameters)
     starts, extents = parameters[:, reference.BOX].chunk(2, dim=1)
     ends = torch.cat((starts, starts + extents), dim=1)
-    bad = ((ends < -BOX_SLACK) | (ends > 1 + BOX_SLACK)).any(1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
+    if len(bad := ((ends < -BOX_SLACK) | (ends > 1 + BOX_SLACK)).any(1).nonzero()):
+        row = int(bad[0])
         raise ValueError(
             "parameters must hold crops within the image in columns 0 to 3, as fractions of it, got "
             f"{parameters[row, reference.BOX].tolist()} in row {row}"
         )
     order = parameters[:, reference.ORDER]
-    bad = (order.sort(1).values != torch.arange(order.shape[1])).any(1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
+    if len(bad := (order.sort(1).values != torch.arange(order.shape[1])).any(1).nonzero()):
+        row = int(bad[0])
         raise ValueError(
             f"parameters must hold a permutation of 0 to {order.shape[1] - 1} in columns "
             f"{reference.ORDER.start} to {reference.ORDER.stop - 1}, got {order[row].tolist()} in row {row}"
