@@ -226,6 +226,13 @@ def test_call_errors():
         crops(random_images(2, 1, 8), seeded())
     with pytest.raises(ValueError, match="aspect"):
         crops(random_images(2, 3, 8), seeded(), aspect=torch.ones(3))
+    for wrong in (0.0, -1.5, math.inf, math.nan):
+        aspect, generator = torch.tensor([1.0, wrong]), seeded()
+        with pytest.raises(ValueError, match=f"aspect must be finite and above 0, got {wrong} in row 1"):
+            crops(random_images(2, 3, 8), generator, aspect=aspect)
+        assert torch.equal(generator.get_state(), seeded().get_state())
+        with pytest.raises(ValueError, match="aspect must be finite"):
+            center_view(random_images(2, 3, 8), 8, MEAN[3], STD[3], aspect=aspect)
     with pytest.raises(ValueError, match=r"part must be \(index, parts\) .* got \(2, 2\)"):
         crops(random_images(2, 3, 8), seeded(), part=(2, 2))
     with pytest.raises(TypeError, match=r"mean must be made of numbers, got 0\.5"):

@@ -10,6 +10,7 @@ Tests: tests/test_two_crops.py, against ``torchvision.transforms.v2.functional``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -164,6 +165,7 @@ def draw_parameters(
     index, parts = part
     if not 0 <= index < parts:
         raise ValueError(f"part must be (index, parts) with 0 <= index < parts, got {part}")
+    _check_aspect(aspect)
     aspect, count = aspect.float(), len(aspect)
     u = torch.rand(
         parts * count, sum(_DRAWS), generator=generator, device=generator.device, dtype=torch.float32
@@ -205,6 +207,7 @@ def center_view(
     mean, std = _statistics(mean, std)
     _check_images(images, mean)
     aspect = _aspect(images, aspect, torch.device("cpu") if aspect is None else aspect.device)
+    _check_aspect(aspect)
     left, top, width, height = central_box(aspect, 1.0, 1.0).unbind(1)
     margin = (1 - crop) / 2
     box = torch.stack((left + margin * width, top + margin * height, crop * width, crop * height), dim=1)
@@ -241,3 +244,10 @@ def _aspect(images: Tensor, aspect: Tensor | None, device: torch.device) -> Tens
             f"got {aspect.dtype} {tuple(aspect.shape)}"
         )
     return aspect.to(device, torch.float32)
+
+
+def _check_aspect(aspect: Tensor) -> None:
+    """Raise unless every ratio is finite and above 0. Those on a GPU are not read: that would wait for it."""
+    if aspect.is_cpu and len(bad := (~((aspect > 0) & (aspect < math.inf))).nonzero()):  # NaN fails too
+        row = int(bad[0])
+        raise ValueError(f"aspect must be finite and above 0, got {float(aspect[row])} in row {row}")
