@@ -43,14 +43,15 @@ def test_without_the_stop_gradient_embeddings_collapse():
     found = {}
     for stop_gradient in (True, False):
         model = build(stop_gradient=stop_gradient)
-        losses = methods.train(model, methods.views(150, batch=32, size=6), lr=0.3)
+        losses = methods.train(model, methods.views(300, batch=32, size=6), lr=0.1)
         found[stop_gradient] = (
             losses[-10:].mean(),
             model(*next(methods.views(batch=64)), return_stats=True)[1],
         )
     (loss, stats), (collapsed_loss, collapsed) = found[True], found[False]
     assert collapsed_loss < loss
-    assert stats["neg_sim"] < 0.1 and collapsed["neg_sim"] > 0.3
+    # Over six seeds the largest of the one was 0.01 and the smallest of the other 0.31.
+    assert stats["neg_sim"] < 0.05 and collapsed["neg_sim"] > 0.2
     assert collapsed["acc1"] < stats["acc1"]
 
 
