@@ -45,6 +45,9 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+# Matrix units for bf16, of Linux on x86-64: a source of its own, where the compiler knows them.
+AMX_SOURCE = "info_nce_amx.cpp"
+AMX_FLAGS = [*X86_ISAS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 # Whether products are fused with sums: said for every source, after CXXFLAGS. Otherwise ARM, whose least
 # instruction set has the fused one, would round in its own way, and updates would not be bitwise torch's.
 FUSED = ["-ffp-contract=fast"]
@@ -53,6 +56,7 @@ UNFUSED = ["-ffp-contract=off"]
 OPTIMIZER_FLAGS = [*UNFUSED, "-fno-math-errno", "-fno-trapping-math"]
 SOURCE_FLAGS = {
     "info_nce_cpu.cpp": FUSED,
+    AMX_SOURCE: FUSED,
     "pairs_cpu.cpp": FUSED,
     "dino_cpu.cpp": FUSED,
     "split_batch_norm_cpu.cpp": FUSED,
@@ -114,6 +118,13 @@ class Toolchain:
             self.openmp = ["-fopenmp"]
         except BuildError:
             self.openmp = []
+        self.amx = False
+        if self.is_x86_64 and sys.platform == "linux":
+            try:
+                self.compile_probe(probe, AMX_FLAGS)
+                self.amx = True
+            except BuildError:
+                pass
 
     def compile_probe(self, source: Path, flags: list[str]) -> None:
         run([*self.cxx, *CXX_FLAGS, *flags, str(source), "-o", str(source.with_suffix(""))])
@@ -137,7 +148,10 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
 
     includes = [f"-I{directory}" for directory in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    defines = ["-DMOCO_FAST_X86_64"] if tools.is_x86_64 else []
+    defines = [
+        *(["-DMOCO_FAST_X86_64"] if tools.is_x86_64 else []),
+        *(["-DMOCO_FAST_AMX"] if tools.amx else []),
+    ]
     common = shlex.join([*CXX_FLAGS, *tools.openmp, *extra, *defines])
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     link_flags = [*tools.openmp, *extra, *shlex.split(os.environ.get("LDFLAGS", ""))]
@@ -173,6 +187,8 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
             if source.name == "bindings.cpp":
                 flags += [*includes, *(["-DMOCO_FAST_CUDA"] if nvcc else [])]
             variants = tools.isas if source.name in ISA_SOURCES else {"": []}
+            if source.name == AMX_SOURCE:
+                variants = {"amx": AMX_FLAGS} if tools.amx else {}
             for isa, isa_flags in variants.items():
                 chosen = [f"-DMOCO_FAST_ISA={isa}", *isa_flags] if isa else []
                 target = f"{source.stem}{'.' + isa if isa else ''}.o"

@@ -31,10 +31,10 @@ using Release = py::call_guard<py::gil_scoped_release>;
 
 void info_nce(Address q, Address k, int qk_dtype, Address queue, int queue_dtype, int64_t n,
               int64_t negatives, int64_t features, double temperature, Address loss, Address dq, Address rank,
-              Address pos, Address neg, int threads) {
+              Address pos, Address neg, bool bf16, int threads) {
     mf::info_nce({at<void>(q), at<void>(k), dtype(qk_dtype), at<void>(queue), dtype(queue_dtype), n,
                   negatives, features, temperature, at<float>(loss), at<float>(dq), at<int64_t>(rank),
-                  at<float>(pos), at<float>(neg), threads});
+                  at<float>(pos), at<float>(neg), bf16, threads});
 }
 
 void contrast(Address q, Address k, int dtype_of_both, int64_t problems, int64_t queries, int64_t keys,
@@ -114,24 +114,6 @@ void info_nce_sweep(const PySweepRows& rows, const PySweepPairs& pairs, const Py
                             {device, at<void>(stream)});
 }
 #endif
-
-void info_nce_tile(Address cosines, int64_t n, int64_t count, int64_t features, double temperature,
-                   Address pos, Address max, Address sum, Address cosine_sum, Address rank, Address weighted,
-                   int threads) {
-    mf::info_nce_tile({at<float>(cosines), n, count, features, temperature, at<float>(pos), at<float>(max),
-                       at<float>(sum), at<float>(cosine_sum), at<int64_t>(rank), at<float>(weighted),
-                       threads});
-}
-
-void info_nce_finish(Address max, Address sum, Address cosine_sum, Address pos, Address weighted,
-                     Address q_hat, Address k_hat, Address norm, int64_t n, int64_t negatives,
-                     int64_t features, double temperature, Address loss, Address dq, Address neg,
-                     int threads) {
-    mf::info_nce_finish({at<float>(max), at<float>(sum), at<float>(cosine_sum), at<float>(pos),
-                         at<float>(weighted), at<float>(q_hat), at<float>(k_hat), at<float>(norm), n,
-                         negatives, features, temperature, at<float>(loss), at<float>(dq), at<float>(neg),
-                         threads});
-}
 
 // (value, address on the GPU or 0, dtype code of what is there)
 using PyScalar = std::tuple<double, Address, int>;
@@ -283,30 +265,16 @@ PYBIND11_MODULE(_C, m) {
         "codes: "
         "0 float32, 1 bfloat16, 2 float16, 3 float64. Impossible values raise ValueError before anything is "
         "written.";
-    m.def("info_nce", &info_nce, py::arg("q"), py::arg("k"), py::arg("qk_dtype"), py::arg("queue"),
-          py::arg("queue_dtype"), py::arg("n"), py::arg("negatives"), py::arg("features"),
-          py::arg("temperature"), py::arg("loss"), py::arg("dq"), py::arg("rank"), py::arg("pos"),
-          py::arg("neg"), py::arg("threads"), Release(),
-          "loss_i = logsumexp(s_pos, s_1..s_K) - s_pos and d loss_i / d q_i, one pass.\n\n"
-          "q, k (N, C) raw; queue (K, C); writes loss (N) f32, dq (N, C) f32 (0: forward only), rank (N) i64 "
-          "of the\n"
-          "positive, pos (N) f32 its cosine, neg (N) f32 mean cosine of the negatives.");
     m.def(
-        "info_nce_tile", &info_nce_tile, py::arg("cosines"), py::arg("n"), py::arg("count"),
-        py::arg("features"), py::arg("temperature"), py::arg("pos"), py::arg("max"), py::arg("sum"),
-        py::arg("cosine_sum"), py::arg("rank"), py::arg("weighted"), py::arg("threads"), Release(),
-        "Online softmax over one tile of cosines (N, count) f32, in place: they become exp((s - max)/T).\n\n"
-        "max (N) starts as pos, sum, cosine_sum (N) f32 and rank (N) i64 at zero; weighted (N, C) f32 is "
-        "rescaled\n"
-        "where max grew (0: forward only). After the call add cosines @ tile_rows to weighted.");
-    m.def("info_nce_finish", &info_nce_finish, py::arg("max"), py::arg("sum"), py::arg("cosine_sum"),
-          py::arg("pos"), py::arg("weighted"), py::arg("q_hat"), py::arg("k_hat"), py::arg("norm"),
-          py::arg("n"), py::arg("negatives"), py::arg("features"), py::arg("temperature"), py::arg("loss"),
-          py::arg("dq"), py::arg("neg"), py::arg("threads"), Release(),
-          "Loss (N), dq (N, C) and neg (N), all f32, from the state info_nce_tile left.\n\n"
-          "q_hat, k_hat (N, C) f32 unit, norm (N) f32 = |q| before clamping. dq = 0: forward only, weighted, "
-          "q_hat,\n"
-          "k_hat and norm are not read.");
+        "info_nce", &info_nce, py::arg("q"), py::arg("k"), py::arg("qk_dtype"), py::arg("queue"),
+        py::arg("queue_dtype"), py::arg("n"), py::arg("negatives"), py::arg("features"),
+        py::arg("temperature"), py::arg("loss"), py::arg("dq"), py::arg("rank"), py::arg("pos"),
+        py::arg("neg"), py::arg("bf16"), py::arg("threads"), Release(),
+        "loss_i = logsumexp(s_pos, s_1..s_K) - s_pos and d loss_i / d q_i, one pass.\n\n"
+        "q, k (N, C) raw; queue (K, C); writes loss (N) f32, dq (N, C) f32 (0: forward only), rank (N) i64 "
+        "of the\n"
+        "positive, pos (N) f32 its cosine, neg (N) f32 mean cosine of the negatives. bf16: the products may "
+        "round\ntheir operands to it, and do where has_amx().");
     m.def(
         "contrast", &contrast, py::arg("q"), py::arg("k"), py::arg("dtype"), py::arg("problems"),
         py::arg("queries"), py::arg("keys"), py::arg("features"), py::arg("first"), py::arg("temperature"),
@@ -389,6 +357,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "isa", [] { return mf::isa_name(mf::selected_isa()); },
         "The one in use; MOCO_FAST_ISA overrides it.");
+    m.def("has_amx", &mf::has_amx, "Whether there are matrix units for bf16 to use, beside avx512.");
     m.def("cuda_devices", &cuda_devices, "(name, compute capability) of every CUDA device.");
     m.attr("has_cuda") = kHasCuda;
     m.attr("has_openmp") = kHasOpenMp;

@@ -5,12 +5,32 @@
 
 #if defined(MOCO_FAST_X86_64)
 #include <cpuid.h>
+#if defined(MOCO_FAST_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 // __builtin_cpu_supports knows this name only from GCC 11 and Clang 19 on.
 static bool has_f16c() {
     unsigned int eax, ebx, ecx, edx;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
+
+#if defined(MOCO_FAST_AMX)
+static bool cpu_has_amx() {
+    constexpr unsigned int kBf16Tiles = 1u << 22 | 1u << 24, kBf16Vectors = 1u << 5;  // AMX-BF16 and -TILE
+    constexpr unsigned int kSaved = 1u << 17 | 1u << 18;  // by the operating system: tiles and their shape
+    unsigned int eax, ebx, ecx, edx, xcr0, high;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBf16Tiles) != kBf16Tiles) return false;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & kBf16Vectors)) return false;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) return false;
+    __asm__("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+    return (xcr0 & kSaved) == kSaved;
+}
+
+// Linux lets a process use the tiles once it has asked: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+static bool granted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+#endif
 #endif
 
 namespace moco_fast {
@@ -50,6 +70,15 @@ Isa selected_isa() {
     }
     throw std::invalid_argument("MOCO_FAST_ISA is '" + std::string(wanted) + "'; this CPU and build offer " +
                                 names);
+}
+
+bool has_amx() {
+#if defined(MOCO_FAST_AMX)
+    static const bool has = cpu_has_amx() && granted();
+    return has && selected_isa() == Isa::avx512;
+#else
+    return false;
+#endif
 }
 
 }  // namespace moco_fast

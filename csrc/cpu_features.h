@@ -17,6 +17,10 @@ Isa selected_isa();
 
 std::string isa_name(Isa isa);
 
+// Whether avx512 is in use and there are matrix units for bf16 beside it (AMX), compiled in and granted by
+// the operating system.
+bool has_amx();
+
 template <class Table>
 const Table& pick(const Table& baseline, const Table& avx2, const Table& avx512) {
     const Isa isa = selected_isa();

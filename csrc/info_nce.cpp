@@ -23,21 +23,29 @@ void require(bool ok, const char* what) {
 struct Plan {
     int64_t panels, block_panels, blocks, tiles, split_tiles, splits;
 
-    Plan(const InfoNce& a, const InfoNceIsa& isa) {
+    Plan(const InfoNce& a, int64_t panel, int64_t tile) {
         // Queries and weighted sums of a block stay in L2 beside a tile of rows.
         constexpr int64_t kBlockFloats = 32768, kBlockQueries = 256;
         // Enough items to balance any usual number of cores; with 128 KB of sums each that is 4 MB.
         constexpr int64_t kItems = 32, kLeastTiles = 8;
-        panels = ceil_div(a.n, isa.panel);
-        const int64_t fit = std::min(kBlockFloats / a.features, kBlockQueries) / isa.panel;
+        panels = ceil_div(a.n, panel);
+        const int64_t fit = std::min(kBlockFloats / a.features, kBlockQueries) / panel;
         block_panels = std::min(panels, std::max<int64_t>(fit, 1));
         blocks = ceil_div(panels, block_panels);
-        tiles = ceil_div(a.negatives, isa.tile);
+        tiles = ceil_div(a.negatives, tile);
         const int64_t wanted = std::min(ceil_div(kItems, blocks), ceil_div(tiles, kLeastTiles));
         split_tiles = ceil_div(tiles, wanted);
         splits = ceil_div(tiles, split_tiles);
     }
 };
+
+#if defined(MOCO_FAST_AMX)
+const InfoNceScanner& scanner_of(const InfoNce& a, const InfoNceIsa& isa) {
+    return a.bf16 && has_amx() ? amx::kInfoNceBf16 : isa.fp32;
+}
+#else
+const InfoNceScanner& scanner_of(const InfoNce&, const InfoNceIsa& isa) { return isa.fp32; }
+#endif
 
 // Loss and gradient of one query from its finished softmax; element c of a vector lies at [c * stride].
 struct Query {
@@ -86,7 +94,8 @@ void info_nce(const InfoNce& a) {
     require(a.temperature > 0 && std::isfinite(a.temperature),
             "info_nce: temperature must be positive and finite");
     const InfoNceIsa& isa = MOCO_FAST_SELECTED(kInfoNce);
-    const Plan plan(a, isa);
+    const InfoNceScanner& scanner = scanner_of(a, isa);
+    const Plan plan(a, isa.panel, scanner.tile);
     const int threads = std::max(1, a.threads);
     const int64_t width = isa.panel, padded = plan.panels * width, panel_size = width * a.features;
 
@@ -97,9 +106,9 @@ void info_nce(const InfoNce& a) {
     Scratch<float> state = make_scratch<float>(3 * plan.splits * padded);
     Scratch<int32_t> ranks = make_scratch<int32_t>(plan.splits * padded);
     Scratch<float> weighted = make_scratch<float>(a.dq ? plan.splits * padded * a.features : 0);
-    Scratch<float> scores = make_scratch<float>(threads * isa.tile * width);
-    const int64_t widened_size = a.queue_dtype == DType::f32 ? 0 : isa.tile * a.features;
-    Scratch<float> widened = make_scratch<float>(threads * widened_size);
+    const int64_t scratch_size =
+        ceil_div(scanner.scratch(a.features, plan.block_panels, a.queue_dtype), 16) * 16;  // whole lines
+    Scratch<float> scratch = make_scratch<float>(threads * scratch_size);
     const int64_t row_bytes = a.features * bytes_of(a.queue_dtype);
 
 #pragma omp parallel num_threads(threads)
@@ -117,7 +126,7 @@ void info_nce(const InfoNce& a) {
         for (int64_t item = 0; item < plan.blocks * plan.splits; ++item) {
             const int64_t split = item / plan.blocks, panel = item % plan.blocks * plan.block_panels;
             const int64_t panels = std::min(plan.block_panels, plan.panels - panel);
-            const int64_t row = split * plan.split_tiles * isa.tile;
+            const int64_t row = split * plan.split_tiles * scanner.tile;
             const int64_t at = split * padded + panel * width, size = panels * width;
             InfoNceScan scan;
             scan.queries = q.get() + panel * panel_size;
@@ -125,20 +134,19 @@ void info_nce(const InfoNce& a) {
             scan.panels = panels;
             scan.rows = static_cast<const char*>(a.queue) + row * row_bytes;
             scan.rows_dtype = a.queue_dtype;
-            scan.count = std::min(plan.split_tiles * isa.tile, a.negatives - row);
+            scan.count = std::min(plan.split_tiles * scanner.tile, a.negatives - row);
             scan.features = a.features;
             scan.scale_to_log2 = float(kLog2E / a.temperature);
             scan.state = {state.get() + at, state.get() + plan.splits * padded + at,
                           state.get() + 2 * plan.splits * padded + at, ranks.get() + at};
             scan.weighted = a.dq ? weighted.get() + at * a.features : nullptr;
-            scan.scores = scores.get() + thread_index() * isa.tile * width;
-            scan.widened_rows = widened.get() + thread_index() * widened_size;
+            scan.scratch = scratch.get() + thread_index() * scratch_size;
             std::copy_n(scan.positive, size, scan.state.max);
             std::fill_n(scan.state.sum, size, 0.0f);
             std::fill_n(scan.state.cosine_sum, size, 0.0f);
             std::fill_n(scan.state.rank, size, 0);
             if (a.dq) std::fill_n(scan.weighted, size * a.features, 0.0f);
-            isa.scan(scan);
+            scanner.scan(scan);
         }
 
 #pragma omp for schedule(static)
@@ -159,43 +167,6 @@ void info_nce(const InfoNce& a) {
                 a.pos[i] = cosine[i];
             }
         }
-    }
-}
-
-void info_nce_tile(const InfoNceTile& a) {
-    require(a.n > 0 && a.count > 0 && a.features > 0, "info_nce_tile: N, the tile and C must be at least 1");
-    require(a.temperature > 0 && std::isfinite(a.temperature),
-            "info_nce_tile: temperature must be positive and finite");
-    const InfoNceIsa& isa = MOCO_FAST_SELECTED(kInfoNce);
-#pragma omp parallel for num_threads(std::max(1, a.threads)) schedule(static)
-    for (int64_t i = 0; i < a.n; ++i) {
-        const float scale =
-            isa.softmax_row({a.cosines + i * a.count, a.count, a.pos[i], float(kLog2E / a.temperature),
-                             a.max + i, a.sum + i, a.cosine_sum + i, a.rank + i});
-        if (!a.weighted || scale == 1.0f) continue;
-        for (int64_t c = 0; c < a.features; ++c) a.weighted[i * a.features + c] *= scale;
-    }
-}
-
-void info_nce_finish(const InfoNceFinish& a) {
-    require(a.n > 0 && a.negatives > 0 && a.features > 0, "info_nce_finish: N, K and C must be at least 1");
-    require(a.temperature > 0 && std::isfinite(a.temperature),
-            "info_nce_finish: temperature must be positive and finite");
-#pragma omp parallel for num_threads(std::max(1, a.threads)) schedule(static)
-    for (int64_t i = 0; i < a.n; ++i) {
-        const int64_t at = i * a.features;
-        const bool gradient = a.dq != nullptr;
-        const Query x = {a.max[i],
-                         a.sum[i],
-                         a.cosine_sum[i],
-                         a.pos[i],
-                         gradient ? a.norm[i] : 1.0f,
-                         gradient ? a.weighted + at : nullptr,
-                         gradient ? a.q_hat + at : nullptr,
-                         gradient ? a.k_hat + at : nullptr,
-                         1};
-        finish(x, a.negatives, a.features, a.temperature, a.loss + i, gradient ? a.dq + at : nullptr,
-               a.neg + i);
     }
 }
 

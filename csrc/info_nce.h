@@ -10,7 +10,7 @@
 // norm: the shift is an online maximum. Never in memory: the N x K logits, their softmax, a transposed or
 // packed queue. Cost: 4 N K C FLOPs and N K exponentials; the queue is read once per block of up to 256
 // queries from memory and twice from cache. Scratch: 4 MB of partial sums, plus 16 N C bytes. Forward alone
-// is half the FLOPs, no scratch.
+// is half the FLOPs, no scratch. On matrix units for bf16 (info_nce_amx.cpp) a tile of the queue is packed.
 //
 // The work is cut by the shapes alone and the parts are added in a fixed order, so the result is bitwise the
 // same for any number of threads. A NaN or infinity in a row of q, k or the queue makes the losses it enters
@@ -38,37 +38,11 @@ struct InfoNce {
     int64_t* rank;  // (N) negatives strictly above the positive
     float* pos;     // (N) cosine of the positive
     float* neg;     // (N) mean cosine of the negatives
+    bool bf16;      // operands of the products may be rounded to bf16: they are where has_amx()
     int threads;
 };
 
 // Throws std::invalid_argument for impossible sizes and std::bad_alloc.
 void info_nce(const InfoNce& args);
-
-// The same softmax for cosines that a library's matrix product made: one tile of negatives, in place.
-// The caller starts max at the positive's cosine and the sums at zero, calls this per tile, adds
-// cosines @ tile_rows to `weighted` after each call, and ends with info_nce_finish.
-struct InfoNceTile {
-    float* cosines;  // (N, count) contiguous; becomes exp((s - max)/T)
-    int64_t n, count, features;
-    double temperature;
-    const float* pos;               // (N)
-    float *max, *sum, *cosine_sum;  // (N) running
-    int64_t* rank;                  // (N) running
-    float* weighted;                // (N, C), rescaled where the maximum grew, or null
-    int threads;
-};
-void info_nce_tile(const InfoNceTile& args);
-
-struct InfoNceFinish {
-    const float *max, *sum, *cosine_sum, *pos;  // (N)
-    const float* weighted;                      // (N, C), or null: forward only
-    const float *q_hat, *k_hat;                 // (N, C) unit; read for dq only
-    const float* norm;                          // (N) |q|, not clamped
-    int64_t n, negatives, features;
-    double temperature;
-    float *loss, *dq, *neg;  // (N), (N, C), (N)
-    int threads;
-};
-void info_nce_finish(const InfoNceFinish& args);
 
 }  // namespace moco_fast

@@ -30,34 +30,31 @@ struct InfoNceScan {
     float scale_to_log2;  // log2(e) / T: exp((s - max) / T) = 2^((s - max) * scale_to_log2)
     SoftmaxState state;   // (panels, panel), initialised by the caller
     float* weighted;      // (panels, C, panel) += sum_j exp((s_j - max)/T) row_j, or null
-    float* scores;        // scratch, (tile, panel)
-    float* widened_rows;  // scratch, (tile, C); null when rows_dtype is f32
+    float* scratch;       // as many floats as the scanner asks for, aligned to 64 bytes
 };
 
-// One tile of cosines that somebody else's matrix product made, one row per query.
-struct InfoNceSoftmaxRow {
-    float* cosines;  // (count), becomes exp((s - max)/T)
-    int64_t count;
-    float positive;
-    float scale_to_log2;  // log2(e) / T
-    float *max, *sum, *cosine_sum;
-    int64_t* rank;
+struct InfoNceScanner {
+    int64_t tile;  // queue rows per softmax step
+    int64_t (*scratch)(int64_t features, int64_t panels, DType rows_dtype);
+    void (*scan)(const InfoNceScan&);
 };
 
 struct InfoNceIsa {
     int64_t panel;  // queries per panel
-    int64_t tile;   // queue rows per softmax step
-    // Cosine of the positive with the rounding of the negatives' dot products: a queue row equal to the key
-    // ties.
+    // Cosine of the positive with the rounding of the negatives' dot products in fp32: a queue row equal to
+    // the key ties.
     void (*positive)(const float* queries, const float* keys, int64_t features, float* cosine);
-    void (*scan)(const InfoNceScan&);
     // into = into * into_scale + from * from_scale for one panel of weighted sums.
     void (*merge)(float* into, const float* from, const float* into_scale, const float* from_scale,
                   int64_t features);
-    // Returns the factor by which what was accumulated under the old maximum must be scaled.
-    float (*softmax_row)(const InfoNceSoftmaxRow&);
+    InfoNceScanner fp32;
 };
 
 MOCO_FAST_TABLES(InfoNceIsa, kInfoNce)
+
+// Beside avx512, whose panels it takes; to be used where has_amx().
+namespace amx {
+extern const InfoNceScanner kInfoNceBf16;
+}
 
 }  // namespace moco_fast

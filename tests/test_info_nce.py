@@ -273,8 +273,7 @@ def test_a_queue_of_one_key_of_any_stride(backend, precision):
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_default_dtype_and_autocast_do_not_matter(backend, dtype, precision, monkeypatch):
-    monkeypatch.setattr(native.compiled, "has_bf16_units", lambda: True)
+def test_default_dtype_and_autocast_do_not_matter(backend, dtype, precision):
     q, k, queue = make(9, 300, 32)
     want = fused(q, k, queue, 0.07, precision=precision)
     torch.set_default_dtype(dtype)
@@ -287,23 +286,29 @@ def test_default_dtype_and_autocast_do_not_matter(backend, dtype, precision, mon
 
 
 @pytest.mark.parametrize("need_dq", [True, False])
-@pytest.mark.parametrize("shape", [(1, 5, 3), (37, 5000, 64), (130, 2049, 33)], ids=str)
-def test_bf16_path_by_tiles(shape, need_dq, monkeypatch):
-    """The path through torch's GEMM: in fp32 where a CPU multiplies no bf16, to test its logic anywhere."""
-    if reason := native.unavailable():
-        pytest.skip(f"native backend: {reason}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 3), (37, 5000, 64), (130, 2049, 33), (257, 700, 512)], ids=str)
+def test_matrix_units_for_bf16(shape, dtype, need_dq):
+    """Against operands rounded beforehand, for tiles whole and cut; the same bits from any threads."""
+    if not native.has_bf16_units():
+        pytest.skip("bf16 matrix units: this CPU or build has none")
     q, k, queue = make(*shape, clustered=True)
-    want = native.info_nce(q, k, queue, 0.1, "high", need_dq, True)
-    monkeypatch.setattr(native.compiled, "has_bf16_units", lambda: True)
-    got = native.info_nce(q, k, queue, 0.1, "medium", need_dq, True)
-    real = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    for a, b in zip((*got[:2], *got[3:]), (*want[:2], *want[3:]), strict=True):
-        assert a.shape == b.shape and torch.allclose(
-            a, b, rtol=0.05 if real else 1e-4, atol=0.05 if real else 1e-5
-        )
-    if not real:
-        assert torch.equal(got[2], want[2])
-    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # the setting was restored
+    queue = queue.to(dtype)
+    got = with_threads(lambda: native.info_nce(q, k, queue, 0.1, "medium", need_dq, True))
+    q_hat, k_hat = (F.normalize(x.double(), dim=1) for x in (q, k))
+    rounded = queue.float().bfloat16().double()
+    cosines = q_hat.float().bfloat16().double() @ rounded.t()
+    pos = (q_hat * k_hat).sum(1)
+    losses = torch.cat([pos[:, None], cosines], 1).div(0.1).logsumexp(1) - pos / 0.1
+    torch.testing.assert_close(got[0].double(), losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[3].double(), pos, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got[4].double(), cosines.mean(1), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(got[4], native.info_nce(q, k, queue, 0.1, "high", need_dq, True)[4])
+    if need_dq:
+        want = native.info_nce(q, k, queue, 0.1, "high", True, True)[1]
+        assert relative(got[1], want.double()) < 0.05
+    else:
+        assert got[1].numel() == 0
 
 
 def test_instruction_sets_and_threads(isa):
