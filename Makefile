@@ -16,13 +16,13 @@ test: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/cuda/*.h tests/cuda/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/*/*.h tests/*/*.cpp
 	$(BIN)/mypy
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.cu csrc/*.h tests/cuda/*.h tests/cuda/*.cpp
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.cu csrc/*.h tests/*/*.h tests/*/*.cpp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m bench --readme README.md $(ARGS)

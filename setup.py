@@ -126,6 +126,12 @@ class Toolchain:
             except BuildError:
                 pass
 
+    def variants(self, source: str) -> dict[str, list[str]]:
+        """Flags by the instruction set that a source is compiled for, "" where that is no matter."""
+        if source == AMX_SOURCE:
+            return {"amx": AMX_FLAGS} if self.amx else {}
+        return self.isas if source in ISA_SOURCES else {"": []}
+
     def compile_probe(self, source: Path, flags: list[str]) -> None:
         run([*self.cxx, *CXX_FLAGS, *flags, str(source), "-o", str(source.with_suffix(""))])
 
@@ -186,10 +192,7 @@ def write_ninja(path: Path, output: Path, tools: Toolchain, nvcc: str | None) ->
             flags = list(SOURCE_FLAGS.get(source.name, UNFUSED))
             if source.name == "bindings.cpp":
                 flags += [*includes, *(["-DMOCO_FAST_CUDA"] if nvcc else [])]
-            variants = tools.isas if source.name in ISA_SOURCES else {"": []}
-            if source.name == AMX_SOURCE:
-                variants = {"amx": AMX_FLAGS} if tools.amx else {}
-            for isa, isa_flags in variants.items():
+            for isa, isa_flags in tools.variants(source.name).items():
                 chosen = [f"-DMOCO_FAST_ISA={isa}", *isa_flags] if isa else []
                 target = f"{source.stem}{'.' + isa if isa else ''}.o"
                 objects += ninja.build(

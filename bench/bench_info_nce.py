@@ -112,7 +112,7 @@ def case(size: tuple[int, int, int], device: torch.device = CPU, temperature: fl
             if native.has_bf16_units():
                 peers[NATIVE_BF16] = peer(ours(backend, "medium"), **PRECISIONS["medium"])
     if device.type == "cpu" and NATIVE_BF16 not in peers:
-        absent[NATIVE_BF16] = absent.get(NATIVE, "this CPU has no bf16 matrix units")
+        absent[NATIVE_BF16] = absent.get(NATIVE, "this CPU or build has no bf16 matrix units")
     compiling.forget()
     others = other.everywhere()
     if device.type == "cuda":

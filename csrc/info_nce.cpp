@@ -39,13 +39,12 @@ struct Plan {
     }
 };
 
+const InfoNceScanner& scanner_of([[maybe_unused]] const InfoNce& a, const InfoNceIsa& isa) {
 #if defined(MOCO_FAST_AMX)
-const InfoNceScanner& scanner_of(const InfoNce& a, const InfoNceIsa& isa) {
-    return a.bf16 && has_amx() ? amx::kInfoNceBf16 : isa.fp32;
-}
-#else
-const InfoNceScanner& scanner_of(const InfoNce&, const InfoNceIsa& isa) { return isa.fp32; }
+    if (a.bf16 && has_amx()) return amx::kInfoNceBf16;
 #endif
+    return isa.fp32;
+}
 
 // Loss and gradient of one query from its finished softmax; element c of a vector lies at [c * stride].
 struct Query {

@@ -17,7 +17,7 @@
 // non-finite.
 //
 // Shapes: q, k (N, C) raw, one dtype; queue (K, C); loss, rank, pos, neg (N); dq (N, C).
-// Reference: moco_fast.reference.info_nce.  Tests: tests/test_info_nce.py.
+// Reference: moco_fast.reference.info_nce.  Tests: tests/test_info_nce.py, tests/test_info_nce_amx.py.
 #pragma once
 
 #include <cstdint>

@@ -19,8 +19,9 @@ namespace {
 
 constexpr int64_t kRows = 192;      // of the queue, per softmax step
 constexpr int64_t kDepthStep = 32;  // that one instruction multiplies
+constexpr int64_t kTileRows = 16;   // and the columns of fp32
 constexpr int64_t kBlock = 32;      // rows and columns that one loop makes, 2 x 2 tiles
-static_assert(kPanel == kBlock && kRows % kBlock == 0);
+static_assert(kLanes == kTileRows && kPanel == kBlock && kRows % kBlock == 0);
 
 MOCO_FAST_INLINE int64_t padded(int64_t size) { return (size + kDepthStep - 1) / kDepthStep * kDepthStep; }
 
@@ -45,7 +46,7 @@ MOCO_FAST_INLINE void product(const bf16_t* a, int64_t stride, const bf16_t* b, 
     _tile_zero(3);
     for (int64_t d = 0; d < depth; d += kDepthStep) {
         _tile_loadd(4, a + d, stride * sizeof(bf16_t));
-        _tile_loadd(5, a + d + 16 * stride, stride * sizeof(bf16_t));
+        _tile_loadd(5, a + d + kTileRows * stride, stride * sizeof(bf16_t));
         _tile_loadd(6, b + d * kPanel, 2 * kPanel * sizeof(bf16_t));
         _tile_loadd(7, b + d * kPanel + 2 * kLanes, 2 * kPanel * sizeof(bf16_t));
         _tile_dpbf16ps(0, 4, 6);
@@ -55,8 +56,8 @@ MOCO_FAST_INLINE void product(const bf16_t* a, int64_t stride, const bf16_t* b, 
     }
     _tile_stored(0, out, kPanel * sizeof(float));
     _tile_stored(1, out + kLanes, kPanel * sizeof(float));
-    _tile_stored(2, out + 16 * kPanel, kPanel * sizeof(float));
-    _tile_stored(3, out + 16 * kPanel + kLanes, kPanel * sizeof(float));
+    _tile_stored(2, out + kTileRows * kPanel, kPanel * sizeof(float));
+    _tile_stored(3, out + kTileRows * kPanel + kLanes, kPanel * sizeof(float));
 }
 
 // Both in bf16: first[0], second[0], first[1], second[1], ...

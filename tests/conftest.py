@@ -188,7 +188,7 @@ def pytest_terminal_summary(terminalreporter):
         if unsupported := [isa for isa in built if isa not in compiled._C.isas()]:
             missing.append(f"CPU kernels for {', '.join(unsupported)} (compiled, but this CPU lacks them)")
         if not native.has_bf16_units():
-            missing.append("bf16 matrix units (this CPU has none)")
+            missing.append("bf16 matrix units (this CPU or build has none; with AVX-512 they were emulated)")
     if reason := triton.cannot_serve("info_nce", ()):
         missing.append(f"Triton kernels ({reason})")
     elif triton.interpreted() and (reason := interpreter_fault()):

@@ -10,13 +10,18 @@ from pathlib import Path
 
 import emulated
 import pytest
+import torch
 
-CPU_OPTIONS = (
-    "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-fsanitize=address", "-DMOCO_FAST_ISA=baseline",
+CPU_OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fsanitize=address", f"-I{emulated.CSRC}")
+# As on a CPU with AVX-512 and AMX: on one with AVX-512 it runs the kernels for both.
+AMX = Path(__file__).with_name("amx")
+AMX_OPTIONS = (
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-D__AMX_BF16__",
+    "-DMOCO_FAST_AMX", f"-I{AMX}",
 )  # fmt: skip
 CPU_OPS = (
-    "info_nce", "contrast", "nt_xent", "dino_op", "split_batch_norm", "enqueue", "take_rows", "ema_update",
-    "optim", "augment",
+    "info_nce", "info_nce_amx", "contrast", "nt_xent", "dino_op", "split_batch_norm", "enqueue", "take_rows",
+    "ema_update", "optim", "augment",
 )  # fmt: skip
 
 
@@ -64,16 +69,25 @@ def test_what_lies_outside_is_seen(run, which):
     assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def run_on_cpu(tmp_path_factory):
+@pytest.fixture(scope="module", params=["baseline", "amx"])
+def run_on_cpu(request, tmp_path_factory):
     """Run bounds_cpu.py with some arguments."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed: no module can be compiled")
     headers = sysconfig.get_paths()["include"]
     if not sanitizer() or not Path(headers, "Python.h").exists():
         pytest.skip("g++ with AddressSanitizer, or Python's headers, are not installed")
-    module = tmp_path_factory.mktemp("bounds") / "_C.so"
-    includes = f"-I{pybind11.get_include()}", f"-I{headers}"
-    subprocess.run(["g++", *CPU_OPTIONS, *includes, *emulated.CSRC.glob("*.cpp"), "-o", module], check=True)
+    folder = tmp_path_factory.mktemp("bounds")
+    module = folder / "_C.so"
+    command = ["g++", *CPU_OPTIONS, f"-I{pybind11.get_include()}", f"-I{headers}"]
+    sources = set(emulated.CSRC.glob("*.cpp"))
+    if request.param == "amx":
+        if not torch.cpu._is_avx512_supported():
+            pytest.skip("bf16 matrix units: emulated by AVX-512, which this CPU has not")
+        command += AMX_OPTIONS
+        units, sources = emulated.CSRC / "info_nce_amx.cpp", sources - {emulated.CSRC / "cpu_features.cpp"}
+        sources = sources - {units} | {AMX / "cpu_features.cpp", folder / "amx.o"}
+        subprocess.run([*command, "-DMOCO_FAST_ISA=amx", "-c", units, "-o", folder / "amx.o"], check=True)
+    subprocess.run([*command, "-DMOCO_FAST_ISA=baseline", "-shared", *sources, "-o", module], check=True)
     # The sanitizer passes exceptions on, to a library that Python does not load first.
     libraries = f"{sanitizer()} {library_of_compiler('libstdc++.so')}"
     environment = {"LD_PRELOAD": libraries, "ASAN_OPTIONS": "detect_leaks=0"}
@@ -88,7 +102,7 @@ def run_on_cpu(tmp_path_factory):
 
 def test_all_kernels_of_the_cpu_stay_inside(run_on_cpu):
     files = [Path(__file__).with_name(f"test_{op}.py") for op in CPU_OPS]
-    chosen = ("-k", "(native-cpu or bf16_path) and not compile and not opcheck")
+    chosen = ("-k", "(native-cpu or matrix_units) and not compile and not opcheck")
     done = run_on_cpu("-q", "-s", "-p", "no:cacheprovider", *chosen, *files)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
 

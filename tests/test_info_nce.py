@@ -7,7 +7,7 @@ from features import far
 from torch.nn import functional as F
 
 import moco_fast
-from moco_fast import checks, native
+from moco_fast import checks
 from moco_fast.ops.losses import _info_nce
 
 OP = "info_nce"
@@ -283,32 +283,6 @@ def test_default_dtype_and_autocast_do_not_matter(backend, dtype, precision):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-
-
-@pytest.mark.parametrize("need_dq", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 5, 3), (37, 5000, 64), (130, 2049, 33), (257, 700, 512)], ids=str)
-def test_matrix_units_for_bf16(shape, dtype, need_dq):
-    """Against operands rounded beforehand, for tiles whole and cut; the same bits from any threads."""
-    if not native.has_bf16_units():
-        pytest.skip("bf16 matrix units: this CPU or build has none")
-    q, k, queue = make(*shape, clustered=True)
-    queue = queue.to(dtype)
-    got = with_threads(lambda: native.info_nce(q, k, queue, 0.1, "medium", need_dq, True))
-    q_hat, k_hat = (F.normalize(x.double(), dim=1) for x in (q, k))
-    rounded = queue.float().bfloat16().double()
-    cosines = q_hat.float().bfloat16().double() @ rounded.t()
-    pos = (q_hat * k_hat).sum(1)
-    losses = torch.cat([pos[:, None], cosines], 1).div(0.1).logsumexp(1) - pos / 0.1
-    torch.testing.assert_close(got[0].double(), losses, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got[3].double(), pos, rtol=0, atol=1e-6)
-    torch.testing.assert_close(got[4].double(), cosines.mean(1), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(got[4], native.info_nce(q, k, queue, 0.1, "high", need_dq, True)[4])
-    if need_dq:
-        want = native.info_nce(q, k, queue, 0.1, "high", True, True)[1]
-        assert relative(got[1], want.double()) < 0.05
-    else:
-        assert got[1].numel() == 0
 
 
 def test_instruction_sets_and_threads(isa):
