@@ -25,7 +25,8 @@ TEMPERATURE = 0.07
 SIZES = [(32, 65536, 128), (256, 65536, 128), (1024, 65536, 128)]  # N, K, C
 QUICK = [(8, 500, 32)]
 NATIVE_BF16 = f"{NATIVE}, bf16"
-PEERS = [NATIVE, NATIVE_BF16, REFERENCE, other.BLOCKED, other.COMPILED, other.LIGHTLY, OFFICIAL]
+OF_BF16 = [NATIVE_BF16, other.BLOCKED_BF16, *other.AUTOCAST]
+PEERS = [NATIVE, REFERENCE, other.BLOCKED, other.COMPILED, other.LIGHTLY, OFFICIAL, *OF_BF16]
 CPU = torch.device("cpu")
 
 # By what the products may round their operands to: options of a peer. Errors on clustered features are about
@@ -111,13 +112,16 @@ def case(size: tuple[int, int, int], device: torch.device = CPU, temperature: fl
             peers[f"{OURS} {backend}"] = peer(ours(backend))
             if native.has_bf16_units():
                 peers[NATIVE_BF16] = peer(ours(backend, "medium"), **PRECISIONS["medium"])
-    if device.type == "cpu" and NATIVE_BF16 not in peers:
-        absent[NATIVE_BF16] = absent.get(NATIVE, "this CPU or build has no bf16 matrix units")
     compiling.forget()
     others = other.everywhere()
     if device.type == "cuda":
         others |= other.on_gpu()
         absent |= other.UNSUITABLE
+    elif native.has_bf16_units():
+        others |= other.on_bf16_units()
+    else:
+        why = "this CPU or build has no bf16 matrix units"
+        absent |= dict.fromkeys(OF_BF16, why) | {NATIVE_BF16: absent.get(NATIVE, why)}
     peers |= {name: peer(run, **options) for name, (run, options) in others.items()}
     peers[OFFICIAL] = peer(other.official)
     label = f"N={n}, K={k}, C={c}" + ("" if temperature == TEMPERATURE else f", T={temperature:g}")

@@ -21,6 +21,7 @@ from bench.compiling import compile_later
 from moco_fast import reference
 
 BLOCKED, COMPILED, LIGHTLY = "blocked torch.mm", "torch.compile", "lightly NTXentLoss"
+BLOCKED_BF16 = f"{BLOCKED}, bf16"
 BLOCK = 2**20  # logits per block of the blocked peer, 4 MB: 4096 queue rows at N = 256
 
 # Peers that cannot compute this op, whatever the machine.
@@ -226,15 +227,37 @@ def everywhere() -> dict[str, tuple[Run, dict]]:
     }
 
 
+def in_bf16(run: Run) -> Run:
+    """The same call on a CPU, with operands of its fp32 matrix products rounded to bf16 by oneDNN."""
+
+    def wrapped(x: Inputs) -> tuple[Tensor, Tensor]:
+        settings = torch.backends.mkldnn.matmul
+        before = settings.fp32_precision
+        settings.fp32_precision = "bf16"
+        try:
+            return run(x)
+        finally:
+            settings.fp32_precision = before
+
+    return wrapped
+
+
+# Logits rounded to bf16 are off by up to 0.4 %, of 1/T: 2 % of the gradient on random features, more on
+# clustered ones. It is here for its speed; the table shows its error.
+AUTOCAST = {"official formula, bf16 autocast": (autocast, {"product": "bf16", "tolerance": 0.5})}
+
+
+def on_bf16_units() -> dict[str, tuple[Run, dict]]:
+    """Peers of a CPU with matrix units for bf16."""
+    return {BLOCKED_BF16: (in_bf16(blocked), {"product": "bf16", "tolerance": 3e-2}), **AUTOCAST}
+
+
 def on_gpu() -> dict[str, tuple[Run, dict]]:
     """Peers of a GPU only."""
     tf32, half = ({"product": name, "tolerance": 3e-2} for name in ("tf32", "fp16"))
-    # Logits rounded to bf16 are off by up to 0.4 %, of 1/T: 2 % of the gradient on random features, more on
-    # clustered ones. It is here for its speed; the table shows its error.
-    bf16 = {"product": "bf16", "tolerance": 0.5}
     return {
         "official formula, TF32": (cuda.in_tf32(official), tf32),
-        "official formula, bf16 autocast": (autocast, bf16),
+        **AUTOCAST,
         "torch.compile, TF32": (cuda.in_tf32(compiled()), tf32),
         "flash attention, V = K, fp16": (attention(flash), half),
         "flex_attention, V = K, fp16": (attention(flex()), half),

@@ -39,9 +39,10 @@ namespace moco_fast {
 std::vector<Isa> supported_isas() {
     std::vector<Isa> isas{Isa::baseline};
 #if defined(MOCO_FAST_X86_64)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    // Asked once: in a virtual machine a cpuid takes microseconds, and every kernel comes here.
+    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx2) isas.push_back(Isa::avx2);
     if (avx2 && avx512) isas.push_back(Isa::avx512);
 #endif
