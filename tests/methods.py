@@ -77,16 +77,27 @@ def assert_loss_and_gradients(model, eager, batch):
     assert seen >= 3
 
 
+def assert_as_near(got, want, exact, rtol=1e-5):
+    """Losses of a training at most twice as far from those in float64 as the wanted ones are, and a little.
+
+    Rounding grows from step to step, differently on every CPU.
+    """
+    ours, theirs = ((losses.double() - exact.double()).abs().max() for losses in (got, want))
+    assert ours <= 2 * theirs + rtol * exact.abs().max()
+
+
 def assert_trajectory(model, eager, batches, rtol=1e-5):
-    """Equal losses over all steps, and an equal state after them."""
+    """The losses of the eager model over all steps, and its state after them."""
     eager.load_state_dict(model.state_dict())
     batches = list(batches)
-    torch.manual_seed(1)
-    got = train(model, batches)
-    torch.manual_seed(1)
-    want = train(eager, batches)
-    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-7)
-    assert got[-1] != got[0]
+    in_float64 = [[x.double() if x.is_floating_point() else x for x in batch] for batch in batches]
+    trainings = (model, batches), (eager, batches), (copy.deepcopy(eager).double(), in_float64)
+    found = []
+    for each, of_it in trainings:
+        torch.manual_seed(1)
+        found.append(train(each, of_it))
+    assert_as_near(*found, rtol)
+    assert found[0][-1] != found[0][0]
     assert_same_state(model, eager)
 
 

@@ -130,6 +130,24 @@ def test_what_is_saved_is_unpacked_once(loss_of):
     assert torch.equal(got, torch.autograd.grad(loss_of(q), q)[0])
 
 
+@pytest.mark.parametrize("reuse", ["retain_graph", "create_graph"])
+@losses
+def test_a_graph_that_is_kept_gives_its_gradients_again(loss_of, reuse):
+    q = rows()
+    loss = loss_of(q) * 3
+    first = torch.autograd.grad(loss, q, **{reuse: True})[0].clone()
+    second, again = (torch.autograd.grad(loss, q, retain_graph=retain)[0] for retain in (True, False))
+    assert torch.equal(first, second) and torch.equal(first, again)
+
+
+def test_the_gradient_to_prototypes_takes_no_second_memory():
+    w, saved = torch.randn(5, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        loss = moco_fast.dino(rows(), torch.randn(4, 8), w, torch.randn(5, 8), torch.zeros(5))
+    loss.backward()
+    assert w.grad.data_ptr() in saved
+
+
 @losses
 def test_a_node_is_called_after_its_op(loss_of):
     loss = loss_of(rows())

@@ -127,6 +127,12 @@ class _DifferentiatedOnce(torch.autograd.Function):
         raise RuntimeError("no second derivative: the gradient is that of an op, unknown to autograd")
 
 
+def is_read_once(saved: Tensor) -> bool:
+    """In a backward pass: whether nobody reads a saved tensor after it: no ``retain_graph``, no trace."""
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    return not kept and type(saved) is Tensor
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """For an op's own matrix products, which stay in fp32."""
     enabled = torch.is_autocast_enabled(device.type)

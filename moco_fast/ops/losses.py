@@ -219,7 +219,12 @@ def reduced(rows: Tensor, reduction: str) -> Tensor:
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient found in the forward pass, for losses that arrive at autograd with ``scale``."""
+    """A gradient found in the forward pass, for losses that arrive at autograd with ``scale``.
+
+    In place where nobody reads it again: that to the prototypes of :func:`moco_fast.dino` is large.
+    """
+    if gradient.dtype == dtype and library.is_read_once(gradient):
+        return gradient.mul_(scale)
     return (scale * gradient).to(dtype)
 
 
