@@ -42,7 +42,7 @@ def plot(path: Path, figures: dict) -> None:
     about = figures["device"]
     cables = f", {figures['gbit']:g} Gb/s between any two" if figures["gbit"] else ""
     figure.suptitle(
-        f"A step over processes{cables}   {about['processor']}, torch {about['torch']}, {about['date'][:10]}",
+        f"A step over processes{cables}\n{about['processor']}, torch {about['torch']}, {about['date'][:10]}",
         x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
     figure.savefig(path, dpi=130)

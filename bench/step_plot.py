@@ -24,7 +24,7 @@ def plot(path: Path, figures: dict) -> None:
     columns = min(2, len(results))
     rows = math.ceil(len(results) / columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(8 * columns, 1.4 + 2.2 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(8 * columns, 1.6 + 2.2 * rows), squeeze=False, layout="constrained"
     )
     for axes, result in zip(grid.flat, results, strict=False):
         ways = result["ways"]
@@ -48,10 +48,10 @@ def plot(path: Path, figures: dict) -> None:
     figure.legend(patches, STAGES, loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=9)
     about = figures["device"]
     figure.suptitle(
-        f"One training step   {about['processor']}, torch {about['torch']}, {about['date'][:10]}",
+        f"One training step\n{about['processor']}, torch {about['torch']}, {about['date'][:10]}",
         x=0.01,
         ha="left",
-        fontsize=12,
+        fontsize=11,
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
