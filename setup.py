@@ -110,7 +110,8 @@ class Toolchain:
         self.name = run([*self.cxx, "--version"]).splitlines()[0]
         self.is_x86_64 = run([*self.cxx, "-dumpmachine"]).startswith("x86_64")
         self.isas = X86_ISAS if self.is_x86_64 else {"baseline": []}
-        probe = scratch / "probe.cpp"
+        self.probe = scratch / "probe"
+        probe = self.probe.with_suffix(".cpp")
         probe.write_text("#include <vector>\nint main() { return int(std::vector<int>().size()); }\n")
         self.compile_probe(probe, [])
         try:
@@ -121,7 +122,7 @@ class Toolchain:
         self.amx = False
         if self.is_x86_64 and sys.platform == "linux":
             try:
-                self.compile_probe(probe, AMX_FLAGS)
+                self.compile_probe(CSRC / AMX_SOURCE, [*AMX_FLAGS, "-DMOCO_FAST_ISA=amx", "-c"])
                 self.amx = True
             except BuildError:
                 pass
@@ -133,7 +134,7 @@ class Toolchain:
         return self.isas if source in ISA_SOURCES else {"": []}
 
     def compile_probe(self, source: Path, flags: list[str]) -> None:
-        run([*self.cxx, *CXX_FLAGS, *flags, str(source), "-o", str(source.with_suffix(""))])
+        run([*self.cxx, *CXX_FLAGS, *flags, str(source), "-o", str(self.probe)])
 
 
 def find_nvcc() -> str:

@@ -88,6 +88,19 @@ def test_other_processors_and_a_broken_nvcc(build, compiler, tmp_path):
     check(module)
 
 
+def test_a_compiler_without_the_matrix_units(build, compiler, tmp_path):
+    """It costs their kernel alone."""
+    refuses = 'case " $* " in *" -mamx-tile "*) echo "error: unrecognized option"; exit 1;; esac'
+    cxx = script(tmp_path / "old" / "c++", f'{refuses}\nexec {compiler} "$@"')
+    module, info, _ = build(CXX=str(cxx), CXXFLAGS="-O0")
+    assert info["native"]
+    asks = "import bounds_cpu; print(bounds_cpu.kernels.has_amx())"
+    done = subprocess.run(
+        [sys.executable, "-c", asks, module], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
 @pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
 def test_clang(build, compiler):
     module, info, _ = build(CXX="clang++")
