@@ -20,6 +20,7 @@ from moco_fast.commands.map import Map
 from moco_fast.commands.presets import Presets
 from moco_fast.commands.pretrain import Pretrain, defaults
 from moco_fast.commands.study import Study
+from moco_fast.data.loader import WORKER_DIED
 from moco_fast.distributed import Disagreement
 from moco_fast.evaluate.frozen import BackboneMovedError
 from moco_fast.train.meter import NonFiniteLossError
@@ -85,6 +86,12 @@ def _run(argv: Sequence[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError, *RUN_ERRORS) as error:
         # Faults of input or environment: the message says it all, a traceback would bury it.
         print(f"moco-fast: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not str(error).startswith(WORKER_DIED):
+            raise
+        died = str(error).strip(" .")
+        print(f"moco-fast: {died}. Most often memory ran out: free some, or lower --workers", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

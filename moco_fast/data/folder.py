@@ -74,7 +74,7 @@ class FolderImages:
         By one of its class, if there is any: what is computed from it may be taken for the class.
 
         Raises:
-            RuntimeError: not one file of the folder can be decoded.
+            OSError: not one file of the folder can be decoded.
         """
         images = np.empty((len(indices), 3, self.canvas, self.canvas), dtype=np.uint8)
         aspect = np.empty(len(indices), dtype=np.float32)
@@ -87,7 +87,7 @@ class FolderImages:
                 broken.append((at, result))
             else:
                 why = dict(broken)[index]
-                raise RuntimeError(f"no image can be decoded any more; {self.name_of(index)}: {why}")
+                raise OSError(f"no image can be decoded any more; {self.name_of(index)}: {why}")
             images[row], aspect[row] = result
             served[row] = at
         return Fetched(torch.from_numpy(images), torch.from_numpy(aspect), served, tuple(broken))

@@ -27,6 +27,7 @@ from moco_fast import checks
 from moco_fast.data.images import Fetched, ImageSet, ImageSource, Log
 
 PREFETCH = 2  # batches that every worker keeps ready
+WORKER_DIED = "DataLoader worker (pid"  # begins the RuntimeError that torch raises, wherever a run is then
 # Forked workers start at once and share the list of files; Python 3.14 would start each of them anew.
 # macOS has libraries that do not survive a fork, Windows has no fork.
 START_METHOD = "fork" if sys.platform == "linux" else None
@@ -129,7 +130,10 @@ class BatchLoader:
     def _serve(self, requests: Sequence[Tensor] | Tensor) -> Iterator[Batch]:
         """Fetch every request, here or in workers, and report broken files once each."""
         fetched = self._from_workers(requests) if self.workers else map(self.source.fetch, requests)
-        for images, aspect, indices, broken in fetched:
+        for answer in fetched:
+            if isinstance(answer, str):
+                raise OSError(answer)
+            images, aspect, indices, broken = answer
             for index, why in broken:
                 if index not in self._reported:
                     self._reported.add(index)
@@ -139,7 +143,7 @@ class BatchLoader:
                 images, aspect = images.pin_memory(), None if aspect is None else aspect.pin_memory()
             yield Batch(images, aspect, indices)
 
-    def _from_workers(self, requests: Sequence[Tensor] | Tensor) -> Iterator[Fetched]:
+    def _from_workers(self, requests: Sequence[Tensor] | Tensor) -> Iterator[Fetched | str]:
         loader = DataLoader(
             _Requests(self.source),
             sampler=requests,  # type: ignore[arg-type]  # anything sized will do; an item is a whole batch
@@ -169,8 +173,11 @@ def _end_workers() -> None:
         worker.kill()
 
 
-class _Requests(TorchDataset[Fetched]):
-    """A source as DataLoader wants it: one request in, one batch out."""
+class _Requests(TorchDataset[Fetched | str]):
+    """A source as DataLoader wants it: one request in, one batch out.
+
+    Or why files cannot be had: an error raised here would arrive with a traceback for its message.
+    """
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
@@ -178,8 +185,11 @@ class _Requests(TorchDataset[Fetched]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: Tensor) -> Fetched:
-        return self.source.fetch(indices)
+    def __getitem__(self, indices: Tensor) -> Fetched | str:
+        try:
+            return self.source.fetch(indices)
+        except OSError as error:
+            return str(error)
 
 
 def _as_is(fetched: Any) -> Any:
