@@ -49,6 +49,9 @@ def shared(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", module)
     monkeypatch.setattr(torch.distributed, "_symmetric_memory", module, raising=False)
     monkeypatch.setattr(torch.distributed, "group", types.SimpleNamespace(WORLD=Group()))
+    # Also on the CPU beside a GPU, where Triton does not interpret.
+    serves = types.SimpleNamespace(cannot_serve=lambda *_: None, on_device_of=backend.on_device_of)
+    monkeypatch.setattr(peers, "backend", serves)
     return types.SimpleNamespace(buffers=buffers, barriers=barriers)
 
 
@@ -144,6 +147,13 @@ def test_where_it_does_not_work_nothing_is_measured(shared, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(symmetric, "rendezvous", lambda *_, handle=handle: handle)
             assert tried() is None
+
+
+def test_without_triton_there_is_no_kernel_to_read_with(shared, monkeypatch):
+    monkeypatch.setattr(peers, "backend", backend)
+    monkeypatch.setattr(backend, "installed", lambda: False)
+    monkeypatch.setattr(peers, "_seconds", refuse)
+    assert tried() is None and not shared.buffers
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moco_fast import reference
 from moco_fast.distributed.agreement import from_all, largest
-from moco_fast.kernels.backend import on_device_of
+from moco_fast.kernels import backend
 
 ROUNDS = 5  # of each way, to find the faster
 
@@ -60,7 +60,7 @@ class PeerMemory:
         self._own.copy_(reference.flat_rows(images).view(torch.uint8).flatten())
         self._handle.barrier(channel=1)  # all have written theirs
         out = reference.empty_rows(images, len(places))
-        with on_device_of(images):
+        with backend.on_device_of(images):
             take_rows_of_peers(self._peers, places, len(images), out)
         return out
 
@@ -95,7 +95,9 @@ def _shared_by_all(images: Tensor) -> PeerMemory | None:
     they hand file descriptors from process to process.
     """
     size = images.numel() * images.element_size()
-    own = _attempt(lambda: _symmetric().empty(size, dtype=torch.uint8, device=images.device))
+    own: Any = None
+    if backend.cannot_serve("take_rows", (images,)) is None:  # whose kernel file has that of the peers
+        own = _attempt(lambda: _symmetric().empty(size, dtype=torch.uint8, device=images.device))
     if set(from_all((_machine(), own is not None))) != {(_machine(), True)}:
         return None
     memory = _attempt(lambda: PeerMemory(own))
