@@ -65,7 +65,8 @@ def _native() -> Iterator[tuple[str, str]]:
     compiled = native.compiled._C
     yield "native kernels", f"built with {info.get('compiler', 'an unknown compiler')}"
     yield "CPU instructions", f"{compiled.isa()} in use; this CPU runs {', '.join(compiled.isas())}"
-    yield "bf16 matrix units", "yes" if native.has_bf16_units() else "no: precision='medium' runs in fp32"
+    medium = "yes: info_nce's precision='medium' uses them"
+    yield "bf16 matrix units", medium if native.has_bf16_units() else "no: precision='medium' runs in fp32"
     yield "native CUDA", "built" if compiled.has_cuda else f"not built: {info.get('why') or 'no nvcc'}"
 
 
